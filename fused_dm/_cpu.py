@@ -1,0 +1,114 @@
+"""The CPU implementation: blocks of whole rows, one label-masked softmax a block."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements a block holds. Every torch operation is a parallel region, so blocks must not be small; a block that fits the
+# last-level cache is read again at no cost.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def _blocks(rows: int, classes: int) -> Iterator[slice]:
+    height = max(1, BLOCK_ELEMENTS // max(1, classes), min(rows, torch.get_num_threads()))
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def _check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
+    wrong = valid & ((target < 0) | (target >= classes))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"target: expected labels in [0, {classes}) or ignore_index={ignore_index}, got {int(target[at])} at row {at}"
+        )
+
+
+class _Pass:
+    """Labels and row statistics of one walk over the logits."""
+
+    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
+        rows, classes = logits.shape
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.valid = target != ignore_index
+        target = target.long()
+        _check_labels(target, self.valid, classes, ignore_index)
+        self.label = torch.where(self.valid, target, 0)[:, None]
+        self.row_max = logits.new_empty(rows, dtype=self.dtype)
+        self.row_sum = logits.new_empty(rows, dtype=self.dtype)
+        self.logits = logits
+
+    def block(self, rows: slice, out: Tensor) -> None:
+        """Fill `out` with exp(z - lse) over the classes other than the label (0 there), and note the row statistics."""
+        out.copy_(self.logits[rows])
+        out.scatter_(1, self.label[rows], -math.inf)
+        row_max = out.amax(1)
+        torch.softmax(out, 1, out=out)
+        self.row_max[rows] = row_max
+        self.row_sum[rows] = torch.where(row_max == -math.inf, 0, out.amax(1).reciprocal())
+
+    def margins(self) -> tuple[Tensor, Tensor]:
+        """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
+        label_logit = self.logits.gather(1, self.label)[:, 0].to(self.dtype)
+        label_logit = label_logit.masked_fill(~self.valid | (label_logit == math.inf), math.nan)
+        lead = label_logit - torch.where(self.row_max == -math.inf, 0, self.row_max)
+        return lead - self.row_sum.log(), lead
+
+
+def _scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    height = next(_blocks(*logits.shape), slice(0, 0)).stop
+    return logits.new_empty((height, logits.shape[1]), dtype=dtype)
+
+
+def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Margins (N,) and row statistics (3, N): max, sum, lead."""
+    walk = _Pass(logits, target, ignore_index)
+    if logits.shape[1]:
+        scratch = _scratch(logits, walk.dtype)
+        for rows in _blocks(*logits.shape):
+            walk.block(rows, scratch[: rows.stop - rows.start])
+    margins, lead = walk.margins()
+    return margins, torch.stack([walk.row_max, walk.row_sum, lead])
+
+
+def direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins and leads (N,), and the gradient for k = 1, (N, V): exp(z_j - lse), and -1 for the label."""
+    walk = _Pass(logits, target, ignore_index)
+    out = logits.new_empty(logits.shape)
+    scratch = None if out.dtype == walk.dtype else _scratch(logits, walk.dtype)
+    for rows in _blocks(*logits.shape):
+        block = out[rows] if scratch is None else scratch[: rows.stop - rows.start]
+        walk.block(rows, block)
+        block.scatter_(1, walk.label[rows], -1.0)
+        if scratch is not None:
+            out[rows] = block
+    return *walk.margins(), out
+
+
+def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
+    """Multiply each row of `matrix` (N, V) by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
+    scratch = None if matrix.dtype == factor.dtype else _scratch(matrix, factor.dtype)
+    for rows in _blocks(*matrix.shape):
+        if scratch is None:
+            matrix[rows].mul_(factor[rows, None])
+        else:
+            matrix[rows] = scratch[: rows.stop - rows.start].copy_(matrix[rows]).mul_(factor[rows, None])
+    zero = (factor == 0).nonzero()[:, 0]
+    if zero.numel():
+        matrix.index_fill_(0, zero, 0.0)
+
+
+def margin_gradient(logits: Tensor, target: Tensor, dmargin: Tensor, ignore_index: int) -> Tensor:
+    """dlogits (N, V) for a derivative by the margin (N,), from the logits."""
+    walk = _Pass(logits, target, ignore_index)
+    out = logits.new_empty(logits.shape)
+    scratch = _scratch(logits, walk.dtype)
+    for rows in _blocks(*logits.shape):
+        block = scratch[: rows.stop - rows.start]
+        walk.block(rows, block)
+        factor = torch.where(walk.row_sum[rows] == 0, 0, -dmargin[rows])
+        block.mul_(factor[:, None]).scatter_(1, walk.label[rows], -factor[:, None])
+        out[rows] = block
+    zero = (~walk.valid | (dmargin == 0) | (walk.row_sum == 0)).nonzero()[:, 0]
+    return out.index_fill_(0, zero, 0.0) if zero.numel() else out

@@ -1,0 +1,152 @@
+"""The two ways to the loss of logits (N, V): through the margins in torch, and fused in Triton kernels."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _operators
+from ._rows import (
+    RowTerms,
+    Totals,
+    batch_totals,
+    coefficients,
+    example_weights,
+    mean_divisor,
+    row_terms,
+    row_values,
+    row_weight,
+)
+
+
+class Emphasis(NamedTuple):
+    """An EDF as the implementations take it."""
+
+    family: str | None  # key of the families that have a fused form
+    params: Tensor  # (1 + parameters,) fp64: eps, then the family's
+    log_weight: Callable[..., Tensor]  # of log p, log q and the parameters
+    loss: Callable[..., Tensor] | None
+
+
+class Problem(NamedTuple):
+    """A checked call, flattened to rows."""
+
+    logits: Tensor  # (N, V)
+    target: Tensor  # (N,)
+    weight: Tensor | None  # (V,)
+    sample_weight: Tensor | None  # (N,)
+    normalizer: Tensor | None  # () fp64
+    emphasis: Emphasis
+    reduction: str
+    ignore_index: int
+    return_output: bool
+
+
+class Result(NamedTuple):
+    """The loss and, where the problem asks for it, what each row received."""
+
+    loss: Tensor  # () or, for reduction "none", (N,)
+    example_weight: Tensor | None = None
+    target_prob: Tensor | None = None
+    sum_weight: Tensor | None = None
+    correct: Tensor | None = None
+
+
+def needs_gradient(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
+def _valid(problem: Problem) -> Tensor:
+    return problem.target != problem.ignore_index
+
+
+def _row_weight(problem: Problem) -> Tensor | None:
+    if problem.weight is None and problem.sample_weight is None:
+        return None
+    dtype = _operators.compute_dtype(problem.logits.dtype)
+    return row_weight(problem.weight, problem.sample_weight, problem.target, _valid(problem), dtype)
+
+
+def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
+    """The divisor, 0-d fp64, or None for the sum of weights."""
+    if problem.reduction == "sum_weight":
+        return None
+    if problem.reduction == "mean":
+        return mean_divisor(weight, _valid(problem))
+    if problem.normalizer is not None:
+        return problem.normalizer
+    return torch.ones((), dtype=torch.float64, device=problem.logits.device)
+
+
+@torch.no_grad()
+def _described(
+    problem: Problem, loss: Tensor, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals
+) -> Result:
+    valid = _valid(problem)
+    prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
+    weights = example_weights(log_weight, sign, totals)
+    return Result(loss, weights, prob, totals.sum_weight.clone(), valid & (lead >= 0))
+
+
+def margin_loss(problem: Problem, impl: str) -> Result:
+    """Any EDF, through the margin operator of `impl` ("cpu" or "triton") and O(N) torch."""
+    logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
+    emphasis = problem.emphasis
+    backward = needs_gradient(logits)
+    keep = impl == "cpu" and backward and logits.dtype != torch.float16
+    if keep:
+        margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index)
+    else:
+        margin, statistics = _operators.margin(logits, target, ignore_index, impl)
+        lead = statistics[2]
+    with torch.no_grad():
+        weight = _row_weight(problem)
+        eps, *params = emphasis.params.unbind()
+        terms = row_terms(
+            margin.detach(),
+            _valid(problem),
+            weight,
+            eps,
+            lambda log_p, log_q: emphasis.log_weight(log_p, log_q, *params),
+            None if emphasis.loss is None else lambda log_p, log_q: emphasis.loss(log_p, log_q, *params),
+        )
+        totals = batch_totals(terms, _normalizer(problem, weight))
+        loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
+        if problem.reduction != "none":
+            loss = (loss.sum(dtype=torch.float64) / totals.divisor).to(loss.dtype)
+        coefficient = coefficients(terms, totals)
+    if keep:
+        loss = _operators.attach_direction(logits, loss, direction, coefficient)
+    elif backward:
+        loss = _operators.attach_to_margin(margin, loss, -coefficient)
+    if not problem.return_output:
+        return Result(loss)
+    return _described(problem, loss, margin.detach(), lead, terms.log_weight, terms.sign, totals)
+
+
+def triton_loss(problem: Problem) -> Result:
+    """An EDF with a fused form, by the Triton kernels."""
+    logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
+    family, params = problem.emphasis.family, problem.emphasis.params
+    backward = needs_gradient(logits)
+    with torch.no_grad():
+        weight = _row_weight(problem)
+        normalizer = _normalizer(problem, weight)
+    known = problem.reduction == "mean" or problem.normalizer is not None
+    if backward and known and logits.dtype != torch.float16:
+        loss, rows, totals, dlogits = _operators.triton_fused(
+            logits.detach(), target, weight, params, normalizer, family, ignore_index
+        )
+        loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index)
+    else:
+        loss, rows, totals = _operators.triton_loss(logits, target, weight, params, normalizer, family, ignore_index)
+    rows, totals = rows.detach(), totals.detach()
+    row_max, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
+    if problem.reduction == "none":
+        loss = row_values(RowTerms(log_weight, sign, unit, value), 0.0, problem.emphasis.loss is not None)
+        if backward:
+            loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index)
+    if not problem.return_output:
+        return Result(loss)
+    return _described(problem, loss, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind()))

@@ -1,0 +1,293 @@
+"""The operators: torch.library registrations around the implementations, with fake kernels and autograd.
+
+Hyper-parameters reach an operator as a family's name and an fp64 tensor, so that changing one neither recompiles nor
+synchronises. An operator computes on the logits' device by the implementation that its name or `impl` says.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _cpu
+
+
+def _triton():
+    from . import _triton
+
+    return _triton
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, value and coefficients for logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _no_second_backward(ctx) -> None:
+    if getattr(ctx, "consumed", False):
+        raise RuntimeError(
+            "dm_loss: the gradient's buffer was used up by the first backward pass; call dm_loss again instead of "
+            "backward(retain_graph=True)"
+        )
+    ctx.consumed = True
+
+
+# ---- margin: the differentiable operator over the logits
+
+
+@torch.library.custom_op("fused_dm::margin", mutates_args=())
+def margin(logits: Tensor, target: Tensor, ignore_index: int, impl: str) -> tuple[Tensor, Tensor]:
+    """Margins (N,) and row statistics (3, N) of logits (N, V)."""
+    implementation = _triton() if impl == "triton" else _cpu
+    return implementation.margin(logits, target, ignore_index)
+
+
+@margin.register_fake
+def _(logits, target, ignore_index, impl):
+    dtype = compute_dtype(logits.dtype)
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)
+
+
+@torch.library.custom_op("fused_dm::margin_gradient", mutates_args=())
+def margin_gradient(
+    logits: Tensor, target: Tensor, statistics: Tensor, dmargin: Tensor, ignore_index: int, impl: str
+) -> Tensor:
+    """dlogits (N, V) for a derivative by the margins (N,)."""
+    if impl == "triton":
+        return _triton().gradient(logits, target, statistics, None, dmargin, ignore_index)
+    return _cpu.margin_gradient(logits, target, dmargin, ignore_index)
+
+
+@margin_gradient.register_fake
+def _(logits, target, statistics, dmargin, ignore_index, impl):
+    return logits.new_empty(logits.shape)
+
+
+def _margin_setup(ctx, inputs, output) -> None:
+    logits, target, ctx.ignore_index, ctx.impl = inputs
+    ctx.save_for_backward(logits, target, output[1])
+
+
+def _margin_backward(ctx, dmargin, _):
+    logits, target, statistics = ctx.saved_tensors
+    return margin_gradient(logits, target, statistics, dmargin, ctx.ignore_index, ctx.impl), None, None, None
+
+
+margin.register_autograd(_margin_backward, setup_context=_margin_setup)
+
+
+@torch.library.custom_op("fused_dm::attach_to_margin", mutates_args=())
+def attach_to_margin(margin: Tensor, value: Tensor, coefficient: Tensor) -> Tensor:
+    """`value`, () or (N,), with the derivative `coefficient` (N,) by the margins."""
+    return value.clone()
+
+
+@attach_to_margin.register_fake
+def _(margin, value, coefficient):
+    return torch.empty_like(value)
+
+
+def _attach_to_margin_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _attach_to_margin_backward(ctx, dvalue):
+    (coefficient,) = ctx.saved_tensors
+    return coefficient * dvalue, None, None
+
+
+attach_to_margin.register_autograd(_attach_to_margin_backward, setup_context=_attach_to_margin_setup)
+
+
+# ---- CPU: the direction is written in the forward and scaled in place in the backward
+
+
+@torch.library.custom_op("fused_dm::cpu_direction", mutates_args=())
+def cpu_direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins and leads (N,), and the gradient for a coefficient of 1 (N, V)."""
+    return _cpu.direction(logits, target, ignore_index)
+
+
+@cpu_direction.register_fake
+def _(logits, target, ignore_index):
+    dtype = compute_dtype(logits.dtype)
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(logits.shape),
+    )
+
+
+@torch.library.custom_op("fused_dm::scale_rows_", mutates_args={"matrix"})
+def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
+    """Multiply each row of `matrix` by its factor, in place."""
+    _cpu.scale_rows_(matrix, factor)
+
+
+@torch.library.custom_op("fused_dm::attach_direction", mutates_args=())
+def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor) -> Tensor:
+    """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient`."""
+    return value.clone()
+
+
+@attach_direction.register_fake
+def _(logits, value, direction, coefficient):
+    return torch.empty_like(value)
+
+
+def _attach_direction_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _attach_direction_backward(ctx, dvalue):
+    _no_second_backward(ctx)
+    direction, coefficient = ctx.saved_tensors
+    scale_rows_(direction, coefficient * dvalue)
+    return direction, None, None, None
+
+
+attach_direction.register_autograd(_attach_direction_backward, setup_context=_attach_direction_setup)
+
+
+# ---- Triton: the fused path
+
+
+@torch.library.custom_op("fused_dm::triton_loss", mutates_args=())
+def triton_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: Tensor,
+    normalizer: Tensor | None,
+    family: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), rows (7, N) and totals (3,); the logits are read once."""
+    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, False)[:3]
+
+
+@triton_loss.register_fake
+def _(logits, target, weight, params, normalizer, family, ignore_index):
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty(3, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("fused_dm::triton_gradient", mutates_args=())
+def triton_gradient(
+    logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int
+) -> Tensor:
+    """dlogits (N, V); the logits are read once. `dloss` is () or, for a loss per row, (N,)."""
+    return _triton().gradient(logits, target, rows, totals, dloss, ignore_index)
+
+
+@triton_gradient.register_fake
+def _(logits, target, rows, totals, dloss, ignore_index):
+    return logits.new_empty(logits.shape)
+
+
+def _triton_loss_setup(ctx, inputs, output) -> None:
+    logits, target, _, _, _, _, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, target, output[1], output[2])
+
+
+def _triton_loss_backward(ctx, dloss, _, __):
+    logits, target, rows, totals = ctx.saved_tensors
+    dlogits = triton_gradient(logits, target, rows, totals, dloss, ctx.ignore_index)
+    return dlogits, None, None, None, None, None, None
+
+
+triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_setup)
+
+
+@torch.library.custom_op("fused_dm::attach_rows", mutates_args=())
+def attach_rows(
+    logits: Tensor, value: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int
+) -> Tensor:
+    """`value`, () or (N,), whose gradient by the logits is computed from the rows' numbers in the backward."""
+    return value.clone()
+
+
+@attach_rows.register_fake
+def _(logits, value, target, rows, totals, ignore_index):
+    return torch.empty_like(value)
+
+
+def _attach_rows_setup(ctx, inputs, output) -> None:
+    logits, _, target, rows, totals, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, target, rows, totals)
+
+
+def _attach_rows_backward(ctx, dvalue):
+    logits, target, rows, totals = ctx.saved_tensors
+    return triton_gradient(logits, target, rows, totals, dvalue, ctx.ignore_index), None, None, None, None, None
+
+
+attach_rows.register_autograd(_attach_rows_backward, setup_context=_attach_rows_setup)
+
+
+# ---- Triton: the gradient for dloss = 1 is written in the forward
+
+
+@torch.library.custom_op("fused_dm::triton_fused", mutates_args=())
+def triton_fused(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: Tensor,
+    normalizer: Tensor,
+    family: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
+    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, True)
+
+
+@triton_fused.register_fake
+def _(logits, target, weight, params, normalizer, family, ignore_index):
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty(3, dtype=torch.float64),
+        logits.new_empty(logits.shape),
+    )
+
+
+@torch.library.custom_op("fused_dm::triton_rescale_", mutates_args={"dlogits"})
+def triton_rescale_(
+    dlogits: Tensor, logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int
+) -> None:
+    """Replace the gradient for dloss = 1 by that for `dloss` (), computed anew; nothing is written where it is 1."""
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits)
+
+
+@torch.library.custom_op("fused_dm::attach_gradient", mutates_args=())
+def attach_gradient(
+    logits: Tensor, value: Tensor, dlogits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int
+) -> Tensor:
+    """`value` (), whose gradient by the logits is `dlogits` times its derivative."""
+    return value.clone()
+
+
+@attach_gradient.register_fake
+def _(logits, value, dlogits, target, rows, totals, ignore_index):
+    return torch.empty_like(value)
+
+
+def _attach_gradient_setup(ctx, inputs, output) -> None:
+    logits, _, dlogits, target, rows, totals, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, dlogits, target, rows, totals)
+
+
+def _attach_gradient_backward(ctx, dvalue):
+    _no_second_backward(ctx)
+    logits, dlogits, target, rows, totals = ctx.saved_tensors
+    triton_rescale_(dlogits, logits, target, rows, totals, dvalue, ctx.ignore_index)
+    return dlogits, None, None, None, None, None, None
+
+
+attach_gradient.register_autograd(_attach_gradient_backward, setup_context=_attach_gradient_setup)

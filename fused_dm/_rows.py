@@ -1,0 +1,115 @@
+"""Everything of order N, in torch: from the margins of the rows to weights, value and the gradient's coefficients."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_FLOOR = math.log(1e-8)
+
+
+class RowTerms(NamedTuple):
+    """Numbers of the rows, (N,) each. An ignored row, and one whose weight is 0, has -inf, 0, 0 and 0."""
+
+    log_weight: Tensor  # log |c w(p)|
+    sign: Tensor  # sign of c
+    unit: Tensor  # sign(c) q / (2 q + eps)
+    value: Tensor  # c f(p), or -log p where the EDF has no closed form f
+
+
+class Totals(NamedTuple):
+    """What the batch divides by, held as `divisor * exp(log_scale)` so that no weight overflows; 0-d tensors."""
+
+    log_scale: Tensor
+    divisor: Tensor  # fp64
+    sum_weight: Tensor  # fp64: 1e-8 + sum c w
+
+
+def row_weight(
+    weight: Tensor | None, sample_weight: Tensor | None, target: Tensor, valid: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """c = weight[target] * sample_weight of each row, (N,); None where every row has 1. 0 for ignored rows."""
+    if weight is None and sample_weight is None:
+        return None
+    combined = valid.to(dtype)
+    if weight is not None:
+        is_class = valid & (target >= 0) & (target < weight.shape[0])
+        combined = combined * weight.to(dtype)[torch.where(is_class, target, torch.zeros_like(target))]
+    if sample_weight is not None:
+        combined = torch.where(valid, combined * sample_weight.to(dtype), torch.zeros_like(combined))
+    return torch.where(valid, combined, torch.zeros_like(combined))
+
+
+def mean_divisor(weight: Tensor | None, valid: Tensor) -> Tensor:
+    """The sum of c over the rows that are not ignored, 0-d fp64; 1 where there is no row to divide."""
+    if weight is None:
+        return valid.sum().clamp(min=1).double()
+    total = weight.double()
+    return torch.where((total != 0).any(), total.sum(), torch.ones_like(total.sum()))
+
+
+def row_terms(
+    margin: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    eps: Tensor,
+    log_weight: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor] | None,
+) -> RowTerms:
+    """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`."""
+    log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
+    q = torch.sigmoid(-margin)
+    zero = torch.zeros_like(margin)
+    log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
+    log_w = torch.where(margin.isnan(), margin, log_w)
+    value = -log_p if loss is None else loss(log_p, log_q)
+    sign = valid.to(margin.dtype)
+    if weight is not None:
+        valid = valid & (weight != 0)
+        sign = torch.where(valid, weight.sign(), zero)
+        log_w = log_w + torch.where(valid, weight, sign + 1).abs().log()
+        if loss is not None:
+            value = value * weight
+    norm = 2 * q + eps
+    unit = torch.where(eps == 0, torch.full_like(q, 0.5), q / torch.where(norm == 0, 1, norm)) * sign
+    return RowTerms(
+        torch.where(valid, log_w, zero - math.inf),
+        sign,
+        torch.where(valid, unit, zero),
+        torch.where(valid, value, zero),
+    )
+
+
+def row_values(terms: RowTerms, log_scale: Tensor | float, has_loss: bool) -> Tensor:
+    """c r(p) exp(-log_scale) of each row, (N,), with 0 for a weight of 0 whatever log p is."""
+    if has_loss:
+        return terms.value * torch.exp(-torch.as_tensor(log_scale, dtype=terms.value.dtype))
+    weight = torch.exp(terms.log_weight - log_scale)
+    return torch.where(weight == 0, torch.zeros_like(weight), terms.sign * weight * terms.value)
+
+
+def batch_totals(terms: RowTerms, normalizer: Tensor | None) -> Totals:
+    """The divisor of the batch: `normalizer`, or 1e-8 + sum c w where that is None."""
+    log_weight = terms.log_weight.detach()
+    floor = log_weight.new_full((1,), LOG_FLOOR)
+    top = torch.cat([log_weight, floor]).amax()
+    relative = (terms.sign * torch.exp(log_weight - top)).sum(dtype=torch.float64)
+    relative = relative + torch.exp(floor[0].double() - top.double())
+    sum_weight = relative * torch.exp(top.double())
+    if normalizer is None:
+        return Totals(top, relative, sum_weight)
+    return Totals(torch.zeros_like(top), normalizer, sum_weight)
+
+
+def coefficients(terms: RowTerms, totals: Totals) -> Tensor:
+    """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
+    return terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)
+
+
+def example_weights(log_weight: Tensor, sign: Tensor, totals: Totals) -> Tensor:
+    """c w / D of each row, (N,): the L1 norm of its gradient at eps = 0; 0 for ignored rows."""
+    scaled = sign * torch.exp(log_weight - totals.log_scale.to(sign.dtype)) / totals.divisor.to(sign.dtype)
+    return torch.where(sign == 0, torch.zeros_like(scaled), scaled)

@@ -1,0 +1,176 @@
+"""Launching the Triton kernels: buffers, grid and block sizes."""
+
+import contextlib
+
+import fused_dm_kernels as kernels
+import torch
+import triton
+from torch import Tensor
+
+# Rows of the buffer that the forward kernels write.
+MAX, SUM, LEAD, LOG_WEIGHT, UNIT, SIGN, VALUE = range(7)
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def _rows_contiguous(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _unit(logits: Tensor) -> int:
+    """Elements in 16 bytes if every row starts at a multiple of them, so that the compiler may load 128 bits; else 1."""
+    unit = 16 // logits.element_size()
+    return unit if logits.shape[1] % unit == 0 and logits.stride(0) % unit == 0 else 1
+
+
+def tile(classes: int, keep: bool) -> dict[str, int]:
+    """BLOCK_N, BLOCK_V and num_warps: several rows a program for few classes, one row in blocks for many.
+
+    `keep` is for the fused kernel, which keeps a block in registers: a row of up to 32768 classes is then read once, and
+    longer rows take wide programs, so that few rows are in flight and the second read comes from L2.
+    """
+    width = triton.next_power_of_2(max(16, classes))
+    if keep and width > 4096:
+        block_v = min(width, 32768) if width <= 32768 else 16384
+        return {"BLOCK_N": 1, "BLOCK_V": block_v, "num_warps": max(8, min(16, block_v // 1024))}
+    block_v = min(width, 4096)
+    return {"BLOCK_N": min(64, 4096 // block_v), "BLOCK_V": block_v, "num_warps": 8 if block_v >= 2048 else 4}
+
+
+def _sizes(logits: Tensor) -> dict[str, int]:
+    unit = _unit(logits)
+    return {
+        "N": logits.shape[0],
+        "V": logits.shape[1] // unit,
+        "logits_row_stride": logits.stride(0) // unit,
+        "UNIT": unit,
+        "enable_fp_fusion": True,
+    }
+
+
+def _family(family: str) -> dict:
+    log_weight, loss = kernels.FAMILIES[family]
+    return {"LOG_WEIGHT": log_weight, "LOSS": loss}
+
+
+def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Margins (N,) and row statistics (3, N): max, sum, lead."""
+    logits, rows = _rows_contiguous(logits), logits.shape[0]
+    dtype = _compute_dtype(logits.dtype)
+    statistics = logits.new_empty((3, rows), dtype=dtype)
+    margins = logits.new_empty(rows, dtype=dtype)
+    if rows:
+        config = tile(logits.shape[1], keep=False)
+        with _device(logits):
+            kernels.margin_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
+                logits_ptr=logits,
+                target_ptr=target.contiguous(),
+                rows_ptr=statistics,
+                margin_ptr=margins,
+                ignore_index=ignore_index,
+                **_sizes(logits),
+                **config,
+            )
+    return margins, statistics
+
+
+def loss_and_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: Tensor,
+    normalizer: Tensor | None,
+    family: str,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), rows (7, N), totals (3,) and dlogits for dloss = 1 (empty unless `with_gradient`): two launches."""
+    logits, rows = _rows_contiguous(logits), logits.shape[0]
+    dtype = _compute_dtype(logits.dtype)
+    config = tile(logits.shape[1], keep=with_gradient)
+    programs = triton.cdiv(rows, config["BLOCK_N"])
+    buffer = logits.new_empty((7, rows), dtype=dtype)
+    partials = logits.new_empty((3, programs), dtype=dtype)
+    loss = logits.new_empty((), dtype=dtype)
+    totals = logits.new_empty(3, dtype=torch.float64)
+    dlogits = logits.new_empty(logits.shape if with_gradient else 0)
+    arguments = {
+        "logits_ptr": logits,
+        "target_ptr": target.contiguous(),
+        "weight_ptr": weight,
+        "params_ptr": params,
+        "rows_ptr": buffer,
+        "partials_ptr": partials,
+        "ignore_index": ignore_index,
+        **_sizes(logits),
+        **_family(family),
+        **config,
+    }
+    with _device(logits):
+        if programs and with_gradient:
+            kernels.fused_kernel[(programs,)](normalizer_ptr=normalizer, dlogits_ptr=dlogits, **arguments)
+        elif programs:
+            kernels.forward_kernel[(programs,)](**arguments)
+        kernels.totals_kernel[(1,)](
+            partials_ptr=partials,
+            normalizer_ptr=normalizer,
+            loss_ptr=loss,
+            totals_ptr=totals,
+            P=programs,
+            LOSS=_family(family)["LOSS"],
+            BLOCK=1024,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+    return loss, buffer, totals, dlogits
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    totals: Tensor | None,
+    dloss: Tensor,
+    ignore_index: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dlogits from the rows' numbers: one launch.
+
+    Without `totals`, `dloss` is the derivative by the margins. With `out`, that holds the gradient for dloss = 1 and is
+    written only if dloss is something else.
+    """
+    logits = _rows_contiguous(logits)
+    count, classes = logits.shape
+    dlogits = logits.new_empty(logits.shape) if out is None else out
+    if count and classes:
+        config = tile(classes, keep=False)
+        blocks = triton.cdiv(classes, config["BLOCK_V"])
+        tiles = triton.cdiv(count, config["BLOCK_N"])
+        # A whole row a program, unless that leaves most of a GPU idle.
+        blocks_a_program = blocks if out is not None else triton.cdiv(blocks, max(1, triton.cdiv(2048, tiles)))
+        span = blocks_a_program * config["BLOCK_V"]
+        dloss = dloss.contiguous()
+        with _device(logits):
+            kernels.gradient_kernel[(tiles * triton.cdiv(classes, span),)](
+                logits_ptr=logits,
+                target_ptr=target.contiguous(),
+                rows_ptr=rows,
+                totals_ptr=totals,
+                dloss_ptr=dloss,
+                dlogits_ptr=dlogits,
+                SPAN=span,
+                dloss_stride=1 if dloss.dim() else 0,
+                ignore_index=ignore_index,
+                SKIP_ONE=out is not None,
+                **_sizes(logits),
+                **config,
+            )
+    return dlogits

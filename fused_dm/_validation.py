@@ -1,0 +1,168 @@
+"""Checks of the arguments, before anything is computed. They read shapes, dtypes and devices, never the data."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import edf
+
+REDUCTIONS = ("sum_weight", "mean", "sum", "none")
+IMPLEMENTATIONS = ("triton", "cpu", "reference")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+TRITON_DEVICES = ("cuda", "xpu")
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interprets() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"logits: expected dtype float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if target.dtype.is_floating_point:
+        raise TypeError(
+            f"target: expected labels of an integer dtype, got {target.dtype}; probability targets change the direction of "
+            "the gradient and cannot be written as an emphasis w(p)"
+        )
+    if target.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
+    if logits.dim() < 1:
+        raise ValueError("logits: expected shape (V), (N, V) or (N, V, d1, ..., dk), got a 0-d tensor")
+    shape = tuple(logits.shape)
+    expected = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    if tuple(target.shape) != expected:
+        raise ValueError(f"target: expected shape {expected} for logits of shape {shape}, got {tuple(target.shape)}")
+    if shape[min(1, len(shape) - 1)] == 0:
+        raise ValueError(f"logits: expected at least one class, got shape {shape}")
+    if target.device != logits.device:
+        raise ValueError(f"target: expected device {logits.device}, that of logits, got {target.device}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+
+
+def check_weights(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
+    classes = logits.shape[min(1, logits.dim() - 1)]
+    for name, value, shape in (
+        ("weight", weight, (classes,)),
+        ("sample_weight", sample_weight, tuple(target.shape)),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        if value.device != logits.device:
+            raise ValueError(f"{name}: expected device {logits.device}, that of logits, got {value.device}")
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected a tensor that does not require grad; weights are constants to autograd")
+
+
+def check_options(reduction: str, normalizer: float | Tensor | None, eps: float | None, label_smoothing: float) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is not None:
+        if reduction != "sum":
+            raise ValueError(f'normalizer: expected reduction="sum" with it, got reduction={reduction!r}')
+        if isinstance(normalizer, Tensor):
+            if normalizer.dim() != 0:
+                raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+            if normalizer.requires_grad:
+                raise ValueError(
+                    "normalizer: expected a tensor that does not require grad; it is a constant to autograd"
+                )
+        elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+            raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
+        elif not (math.isfinite(normalizer) and normalizer > 0):
+            raise ValueError(f"normalizer: expected a finite number above 0, got {normalizer!r}")
+    if eps is not None:
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise TypeError(f"eps: expected a number or None, got {eps!r}")
+        if not (math.isfinite(eps) and eps >= 0):
+            raise ValueError(f"eps: expected a finite number, at least 0, got {eps!r}")
+    if label_smoothing != 0:
+        raise ValueError(
+            f"label_smoothing: expected 0, got {label_smoothing!r}; smoothed labels change the direction of the gradient "
+            "and cannot be written as an emphasis w(p)"
+        )
+
+
+def check_normalizer_device(normalizer: float | Tensor | None, logits: Tensor) -> None:
+    if isinstance(normalizer, Tensor) and normalizer.device != logits.device:
+        raise ValueError(f"normalizer: expected device {logits.device}, that of logits, got {normalizer.device}")
+
+
+def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:
+    """The EDF that `emphasis` is or names, or the callable itself."""
+    if isinstance(emphasis, str):
+        return edf.parse(emphasis)
+    if isinstance(emphasis, edf.EDF):
+        if type(emphasis) is edf.EDF:
+            raise TypeError("emphasis: expected an EDF such as edf.DM(beta=8, lambd=0.5), got the base class EDF")
+        return emphasis
+    if callable(emphasis) and not isinstance(emphasis, type):
+        return emphasis
+    raise TypeError(
+        "emphasis: expected an EDF such as edf.DM(beta=8, lambd=0.5), its name such as 'dm:beta=8,lambd=0.5', or a callable "
+        f"log_weight(log_p, log_q), got {emphasis!r}"
+    )
+
+
+def choose_impl(impl: str | None, logits: Tensor) -> str:
+    """The implementation for these logits; a forced one is checked and never replaced."""
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    device = logits.device.type
+    if impl is None:
+        impl = "triton" if device in TRITON_DEVICES else "cpu" if device == "cpu" else "reference"
+    if impl == "cpu" and device != "cpu":
+        raise ValueError(f"impl='cpu': expected logits on the CPU, got {logits.device}")
+    if impl == "triton":
+        if device not in (*TRITON_DEVICES, "cpu"):
+            raise ValueError(f"impl='triton': expected logits on a GPU, got {logits.device}")
+        if not has_triton():
+            raise RuntimeError("impl='triton': triton is not installed; install it, or pass impl='reference'")
+        if device == "cpu" and not interprets():
+            raise ValueError(
+                "impl='triton': expected logits on a GPU, got the CPU; to run the kernels in Triton's interpreter, set "
+                "TRITON_INTERPRET=1 before triton is first imported"
+            )
+    return impl
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Read the labels and raise IndexError for one that is no class: done where FUSED_DM_VALIDATE=1, at the cost of a sync."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        found = int(target[wrong][0])
+        raise IndexError(f"target: expected labels in [0, {classes}) or ignore_index={ignore_index}, got {found}")
+
+
+def validates_labels() -> bool:
+    return os.environ.get("FUSED_DM_VALIDATE", "0") == "1" and not torch.compiler.is_compiling()

@@ -1,0 +1,171 @@
+"""The definition, in plain PyTorch: what every other implementation is tested against.
+
+One row of logits z with label y has p = softmax(z)[y], q = 1 - p and, with the emphasis w(p),
+
+    g = (softmax(z) - onehot(y)) / (2 q + eps) * w(p)
+
+A batch with row weights c has the gradient dL/dz_i = c_i g_i / D and the value sum_i c_i r(p_i) / D, where r is the
+closed form f(p) of the loss if the EDF has one and -w(p) log p if not (Wang et al., arXiv 1905.11233). The gradient is
+defined, not the derivative of the value.
+
+The module imports nothing of the package. It takes any float dtype, computes in fp32 at least, and materialises
+everything; in fp64 it is the truth for the tests.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOAT32_TINY = torch.finfo(torch.float32).tiny
+
+
+class ReferenceOutput(NamedTuple):
+    """`loss` carries the gradient; the others are of the rows, but for `sum_weight`, 0-d fp64."""
+
+    loss: Tensor
+    example_weight: Tensor
+    target_prob: Tensor
+    sum_weight: Tensor
+    correct: Tensor
+
+
+class _Defined(torch.autograd.Function):
+    """A value with a gradient that is given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        logits, value, gradient = inputs
+        ctx.dtype, ctx.per_row = logits.dtype, value.dim() == 1
+        ctx.save_for_backward(gradient)
+        ctx.save_for_forward(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * dvalue.unsqueeze(-1)).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dlogits: Tensor, *_: Any) -> Tensor:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * dlogits).sum(1 if ctx.per_row else None)
+
+
+def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
+    """p, log p, log q, w and the direction times w / (2 q + eps), exactly as the formula is written."""
+    softmax = torch.softmax(logits, 1)
+    p = softmax.gather(1, label)[:, 0]
+    weight = emphasis.weight(p)
+    onehot = torch.zeros_like(logits).scatter(1, label, 1.0)
+    gradient = (softmax - onehot) / (2 * (1 - p) + eps)[:, None] * weight[:, None]
+    return p, p.clamp(min=FLOAT32_TINY).log(), torch.log1p(-p), weight, gradient
+
+
+def _stable(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
+    """The same from the margin z_y - log sum_{j != y} exp(z_j), where nothing cancels."""
+    label_logit = logits.gather(1, label)[:, 0]
+    others = logits.scatter(1, label, -torch.inf)
+    lse = torch.logsumexp(others, 1)
+    margin = torch.where(label_logit == torch.inf, torch.nan, label_logit) - lse
+    log_p, log_q = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
+    log_weight = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
+    weight = torch.exp(log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)))
+    weight = torch.where(margin.isnan(), margin, weight)
+    q = torch.sigmoid(-margin)
+    k = weight * (q / (2 * q + eps) if eps else torch.full_like(q, 0.5))
+    no_other = lse == -torch.inf
+    direction = torch.exp(others - torch.where(no_other, 0, lse)[:, None]).scatter(1, label, -1.0)
+    gradient = torch.where(no_other[:, None] & ~margin.isnan()[:, None], 0, k[:, None] * direction)
+    return torch.sigmoid(margin), log_p, log_q, weight, gradient
+
+
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: Any,
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    form: str = "stable",
+) -> ReferenceOutput:
+    """The DM loss of rows of logits, from the definition.
+
+    Args:
+        logits: (N, V), any float dtype.
+        target: (N,), any integer dtype; every label is in [0, V) or `ignore_index`.
+        emphasis: an EDF, or for the stable form any callable log_weight(log_p, log_q).
+        weight: (V,) class weights.
+        sample_weight: (N,) weights of the rows.
+        ignore_index: rows with this label have no gradient and are in no sum.
+        reduction: what D is: "sum_weight" (1e-8 + sum of c w), "mean" (sum of c), "sum" (`normalizer`, or 1), or "none",
+            which returns the rows with D = 1.
+        normalizer: D for reduction "sum".
+        eps: added to 2 q; None means 0 for an EDF with a closed form and 1e-6 for the others.
+        form: "literal", the formula as it is written, or "stable", from the margin.
+
+    Returns:
+        ReferenceOutput; the loss is fp32, or fp64 for fp64 logits.
+    """
+    closed_form: Callable | None = emphasis.loss if getattr(emphasis, "has_loss", False) else None
+    eps = (0.0 if closed_form else 1e-6) if eps is None else eps
+    z = logits.detach()
+    z = z if z.dtype == torch.float64 else z.float()
+    valid = target != ignore_index
+    label = torch.where(valid, target.long(), 0)[:, None]
+    p, log_p, log_q, w, gradient = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
+    if closed_form is not None:
+        value = closed_form(log_p, log_q)
+    else:
+        value = torch.where(w == 0, 0, -w * log_p)
+
+    c = valid.to(z.dtype)
+    if weight is not None:
+        c = c * weight.to(z.dtype)[torch.where(valid, label[:, 0], 0)]
+    if sample_weight is not None:
+        c = torch.where(valid, c * sample_weight.to(z.dtype), 0)
+    counts = c != 0
+    cw = torch.where(counts, c * w, 0)
+    value = torch.where(counts, c * value, 0)
+    gradient = torch.where(counts[:, None], c[:, None] * gradient, 0)
+    sum_weight = 1e-8 + cw.double().sum()
+    if reduction == "sum_weight":
+        divisor = sum_weight.to(z.dtype)
+    elif reduction == "mean":
+        divisor = torch.where(counts.any(), c.sum(), 1)
+    else:
+        divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=z.dtype, device=z.device)
+    value, gradient = value / divisor, gradient / divisor
+    if reduction != "none":
+        value = value.sum()
+    others = z.scatter(1, label, -torch.inf)
+    return ReferenceOutput(
+        loss=_Defined.apply(logits, value, gradient),
+        example_weight=cw / divisor,
+        target_prob=torch.where(valid, p, torch.nan),
+        sum_weight=sum_weight,
+        correct=valid & (z.gather(1, label) >= others).all(1),
+    )
+
+
+def margin(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """z_y - log sum_{j != y} exp(z_j) of rows of logits (N, V), by ordinary autograd; nan for ignored rows."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    valid = target != ignore_index
+    label = torch.where(valid, target.long(), 0)[:, None]
+    others = z.scatter(1, label, -torch.inf)
+    no_other = (others == -torch.inf).all(1)
+    lse = torch.logsumexp(torch.where(no_other[:, None], 0, others), 1)
+    label_logit = z.gather(1, label)[:, 0]
+    margins = torch.where(no_other, label_logit.detach() + torch.inf, label_logit - lse)
+    return torch.where(valid, margins, torch.nan)

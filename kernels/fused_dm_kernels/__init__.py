@@ -1,0 +1,8 @@
+"""Triton kernels of fused_dm: device code only."""
+
+from .densities import FAMILIES as FAMILIES
+from .forward import forward_kernel as forward_kernel
+from .forward import margin_kernel as margin_kernel
+from .fused import fused_kernel as fused_kernel
+from .gradient import gradient_kernel as gradient_kernel
+from .reduction import totals_kernel as totals_kernel

@@ -1,0 +1,74 @@
+"""The single fused kernel, for a divisor known beforehand."""
+
+import triton
+import triton.language as tl
+
+from .numerics import INF, exp
+from .rows import (
+    coefficient,
+    finite_max,
+    gradient_of,
+    load_block,
+    load_label,
+    margin_of,
+    other_classes,
+    own_rows,
+    row_terms,
+    scan_block,
+    store_block,
+    store_partials,
+    store_rows,
+)
+
+
+@triton.jit
+def fused_kernel(
+    logits_ptr,  # (N, V)
+    target_ptr,  # (N,) integers
+    weight_ptr,  # (N,) or None
+    params_ptr,  # (1 + parameters,) fp64: eps, then the family's
+    normalizer_ptr,  # () fp64
+    rows_ptr,  # (7, N) out
+    partials_ptr,  # (3, programs) out
+    dlogits_ptr,  # (N, V) out, contiguous
+    N,
+    V,  # in units of UNIT
+    logits_row_stride,  # in units of UNIT
+    ignore_index,
+    LOG_WEIGHT: tl.constexpr,
+    LOSS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A program owns BLOCK_N rows and writes their numbers, its share of the value, and dlogits for dloss = 1.
+
+    The last block read stays in registers; the others are read again from the last to the first, the most recently
+    used first. A row of at most BLOCK_V classes is read once.
+    """
+    V *= UNIT
+    stride = logits_row_stride * UNIT
+    tile = tl.program_id(0)
+    row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
+    label_logit = load_label(logits_ptr, row, stride, target, V, valid)
+    row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
+    row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
+    exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
+    blocks = tl.cdiv(V, BLOCK_V)
+    for block in range(0, blocks):
+        cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        logits = load_block(logits_ptr, row, stride, cols, V, valid)
+        row_max, row_sum, exps = scan_block(other_classes(logits, cols, target), row_max, row_sum)
+    lead, margin = margin_of(label_logit, row_max, row_sum)
+    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
+    store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
+    store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
+    k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
+    last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    store_block(dlogits_ptr, row, last, gradient_of(exps, last, target, k, row_sum), V, exists)
+    base = finite_max(row_max)
+    for done in range(1, blocks):
+        again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
+        others = other_classes(load_block(logits_ptr, row, stride, again, V, valid), again, target)
+        gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum)
+        store_block(dlogits_ptr, row, again, gradient, V, exists)

@@ -1,0 +1,55 @@
+"""The gradient kernel: one read and one write of the logits."""
+
+import triton
+import triton.language as tl
+
+from .numerics import exp
+from .rows import coefficient, finite_max, gradient_of, load_block, other_classes, own_rows, store_block
+
+
+@triton.jit
+def gradient_kernel(
+    logits_ptr,  # (N, V)
+    target_ptr,  # (N,) integers
+    rows_ptr,  # (7, N), or (3, N) without totals
+    totals_ptr,  # (3,) fp64, or None: dloss is then the derivative by the margin
+    dloss_ptr,  # () or (N,)
+    dlogits_ptr,  # (N, V) out, contiguous
+    N,
+    V,  # in units of UNIT
+    SPAN,  # columns a program covers, a multiple of BLOCK_V
+    logits_row_stride,  # in units of UNIT
+    dloss_stride,
+    ignore_index,
+    SKIP_ONE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A program owns BLOCK_N rows by SPAN columns of dlogits; with SKIP_ONE it writes nothing where dloss is 1."""
+    V *= UNIT
+    stride = logits_row_stride * UNIT
+    spans = tl.cdiv(V, SPAN)
+    tile = tl.program_id(0) // spans
+    begin = (tl.program_id(0) % spans) * SPAN
+    end = tl.minimum(begin + SPAN, V)
+    row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
+    row_max = tl.load(rows_ptr + row, mask=exists, other=0.0)
+    row_sum = tl.load(rows_ptr + row + N, mask=exists, other=0.0)
+    dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
+    if SKIP_ONE:
+        end = tl.where(tl.load(dloss_ptr) == 1.0, begin, end)
+    if totals_ptr is None:
+        k = tl.where(valid & (row_sum != 0.0), -dloss, 0.0)
+    else:
+        log_weight = tl.load(rows_ptr + row + 3 * N, mask=exists, other=0.0)
+        unit = tl.load(rows_ptr + row + 4 * N, mask=exists, other=0.0)
+        log_scale = tl.load(totals_ptr).to(row_sum.dtype)
+        divisor = tl.load(totals_ptr + 1).to(row_sum.dtype)
+        k = coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor)
+    base = finite_max(row_max)
+    for start in range(begin, end, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        logits = load_block(logits_ptr, row, stride, cols, V, valid)
+        exps = exp(other_classes(logits, cols, target) - base[:, None])
+        store_block(dlogits_ptr, row, cols, gradient_of(exps, cols, target, k, row_sum), V, exists)

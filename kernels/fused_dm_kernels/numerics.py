@@ -1,0 +1,49 @@
+"""Elementary functions that Triton lacks or computes with a large relative error near their zeros."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def exp(x):
+    """exp(x), as one hardware exp2."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def log1p_unit(u):
+    """log(1 + u) for 0 <= u <= 1, from 2 artanh(u / (2 + u))."""
+    s = u / (2.0 + u)
+    s2 = s * s
+    TERMS: tl.constexpr = 17 if u.dtype == tl.float64 else 6
+    series = s2 * 0.0
+    for i in tl.static_range(TERMS):
+        series = series * s2 + 1.0 / (2 * (TERMS - 1 - i) + 1)
+    return 2.0 * s * series
+
+
+@triton.jit
+def expm1_negative(x):
+    """exp(x) - 1 for x <= 0, from the Taylor series where |x| < 1/2."""
+    TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 9
+    small = tl.maximum(x, -0.5)
+    series = small * 0.0 + 1.0
+    for i in tl.static_range(TERMS - 1):
+        series = 1.0 + series * small / (TERMS - i)
+    return tl.where(x < -0.5, exp(x) - 1.0, small * series)
+
+
+@triton.jit
+def sigmoids(margin):
+    """p = sigmoid(margin), q = 1 - p, log p and log q, each with a small relative error at any margin."""
+    u = exp(-tl.abs(margin))
+    log1p_u = log1p_unit(u)
+    log_p = tl.minimum(margin, 0.0) - log1p_u
+    log_q = tl.minimum(-margin, 0.0) - log1p_u
+    larger = 1.0 / (1.0 + u)
+    q = tl.where(margin > 0, u * larger, larger)
+    return q, log_p, log_q
