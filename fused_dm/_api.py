@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _operators, _validation, edf, reference
-from ._loss import Emphasis, Problem, Result, margin_loss, triton_loss
+from ._loss import Emphasis, Problem, Received, margin_loss, triton_loss
 
 
 class DMOutput(NamedTuple):
@@ -57,9 +57,7 @@ def _custom(log_weight: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
         value = log_weight(log_p, log_q)
         if not isinstance(value, Tensor) or value.shape != log_p.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"emphasis: expected log_weight to return a tensor of shape {tuple(log_p.shape)}, got {got}"
-            )
+            raise ValueError(f"emphasis: expected log_weight to return a tensor of shape {tuple(log_p.shape)}, got {got}")
         return value.to(log_p.dtype)
 
     return checked
@@ -105,9 +103,8 @@ def _compute(
         _validation.check_labels(labels, rows.shape[1], ignore_index)
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=logits.device)
-    result: Result | reference.ReferenceOutput
     if impl == "reference":
-        result = reference.dm_loss(
+        loss, *rest = reference.dm_loss(
             rows,
             labels,
             emphasis,
@@ -118,6 +115,7 @@ def _compute(
             normalizer=normalizer,
             eps=eps,
         )
+        received: Received | None = Received(*rest)
     else:
         if params is None:
             values = emphasis.params if isinstance(emphasis, edf.EDF) else ()
@@ -134,16 +132,17 @@ def _compute(
             return_output=return_output,
         )
         fused = impl == "triton" and isinstance(emphasis, edf.EDF)
-        result = triton_loss(problem) if fused else margin_loss(problem, impl)
-    loss = result.loss.reshape(target.shape) if reduction == "none" else result.loss
-    if not return_output:
+        loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
+    if reduction == "none":
+        loss = loss.reshape(target.shape)
+    if received is None or not return_output:
         return loss
     return DMOutput(
         loss=loss,
-        example_weight=result.example_weight.reshape(target.shape),
-        target_prob=result.target_prob.reshape(target.shape),
-        sum_weight=result.sum_weight,
-        correct=result.correct.reshape(target.shape),
+        example_weight=received.example_weight.reshape(target.shape),
+        target_prob=received.target_prob.reshape(target.shape),
+        sum_weight=received.sum_weight,
+        correct=received.correct.reshape(target.shape),
     )
 
 
@@ -290,9 +289,7 @@ class DMLoss(torch.nn.Module):
         self.impl = impl
         self.normalizer = normalizer
         values = self.emphasis.params if isinstance(self.emphasis, edf.EDF) else ()
-        self.register_buffer(
-            "emphasis_params", torch.tensor((self.eps, *values), dtype=torch.float64), persistent=False
-        )
+        self.register_buffer("emphasis_params", torch.tensor((self.eps, *values), dtype=torch.float64), persistent=False)
         self.register_buffer("weight", weight)
         self.register_buffer("sample_weight", sample_weight)
 

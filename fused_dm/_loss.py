@@ -43,14 +43,20 @@ class Problem(NamedTuple):
     return_output: bool
 
 
-class Result(NamedTuple):
-    """The loss and, where the problem asks for it, what each row received."""
+class Received(NamedTuple):
+    """What each row received, (N,), and the sum of weights, 0-d fp64."""
 
-    loss: Tensor  # () or, for reduction "none", (N,)
-    example_weight: Tensor | None = None
-    target_prob: Tensor | None = None
-    sum_weight: Tensor | None = None
-    correct: Tensor | None = None
+    example_weight: Tensor
+    target_prob: Tensor
+    sum_weight: Tensor
+    correct: Tensor
+
+
+class Result(NamedTuple):
+    """The loss, () or (N,) for reduction "none", and what the rows received where the problem asks for it."""
+
+    loss: Tensor
+    received: Received | None = None
 
 
 def needs_gradient(logits: Tensor) -> bool:
@@ -80,13 +86,16 @@ def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _described(
-    problem: Problem, loss: Tensor, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals
-) -> Result:
+def _received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
     valid = _valid(problem)
     prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
     weights = example_weights(log_weight, sign, totals)
-    return Result(loss, weights, prob, totals.sum_weight.clone(), valid & (lead >= 0))
+    correct = (lead >= 0) | (margin == torch.inf)
+    return Received(weights, prob, totals.sum_weight.clone(), valid & correct)
+
+
+def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda log_p, log_q: function(log_p, log_q, *params)
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:
@@ -108,8 +117,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
             _valid(problem),
             weight,
             eps,
-            lambda log_p, log_q: emphasis.log_weight(log_p, log_q, *params),
-            None if emphasis.loss is None else lambda log_p, log_q: emphasis.loss(log_p, log_q, *params),
+            _with(emphasis.log_weight, params),
+            None if emphasis.loss is None else _with(emphasis.loss, params),
         )
         totals = batch_totals(terms, _normalizer(problem, weight))
         loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
@@ -122,7 +131,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
         return Result(loss)
-    return _described(problem, loss, margin.detach(), lead, terms.log_weight, terms.sign, totals)
+    return Result(loss, _received(problem, margin.detach(), lead, terms.log_weight, terms.sign, totals))
 
 
 def triton_loss(problem: Problem) -> Result:
@@ -142,11 +151,11 @@ def triton_loss(problem: Problem) -> Result:
     else:
         loss, rows, totals = _operators.triton_loss(logits, target, weight, params, normalizer, family, ignore_index)
     rows, totals = rows.detach(), totals.detach()
-    row_max, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
+    _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":
         loss = row_values(RowTerms(log_weight, sign, unit, value), 0.0, problem.emphasis.loss is not None)
         if backward:
             loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index)
     if not problem.return_output:
         return Result(loss)
-    return _described(problem, loss, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind()))
+    return Result(loss, _received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))

@@ -177,9 +177,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
 
 
 @torch.library.custom_op("fused_dm::triton_gradient", mutates_args=())
-def triton_gradient(
-    logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int
-) -> Tensor:
+def triton_gradient(logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int) -> Tensor:
     """dlogits (N, V); the logits are read once. `dloss` is () or, for a loss per row, (N,)."""
     return _triton().gradient(logits, target, rows, totals, dloss, ignore_index)
 
@@ -204,9 +202,7 @@ triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_
 
 
 @torch.library.custom_op("fused_dm::attach_rows", mutates_args=())
-def attach_rows(
-    logits: Tensor, value: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int
-) -> Tensor:
+def attach_rows(logits: Tensor, value: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int) -> Tensor:
     """`value`, () or (N,), whose gradient by the logits is computed from the rows' numbers in the backward."""
     return value.clone()
 

@@ -94,9 +94,7 @@ def check_options(reduction: str, normalizer: float | Tensor | None, eps: float 
             if normalizer.dim() != 0:
                 raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
             if normalizer.requires_grad:
-                raise ValueError(
-                    "normalizer: expected a tensor that does not require grad; it is a constant to autograd"
-                )
+                raise ValueError("normalizer: expected a tensor that does not require grad; it is a constant to autograd")
         elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
             raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
         elif not (math.isfinite(normalizer) and normalizer > 0):

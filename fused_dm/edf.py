@@ -102,10 +102,12 @@ class EDF:
 
     @property
     def params(self) -> tuple[float, ...]:
+        """The parameters of the family, in its order."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
     def has_loss(self) -> bool:
+        """Whether the weight belongs to a loss with a closed form f(p)."""
         return FAMILIES[self.family].loss is not None
 
     def weight(self, p: Tensor) -> Tensor:
@@ -305,9 +307,7 @@ def parse(text: str) -> EDF:
             values[field.name] = float(number)
         except ValueError:
             raise ValueError(f"EDF {text!r}: expected a number for {key}, got {number!r}") from None
-    missing = [
-        field.name for field in fields.values() if field.default is dataclasses.MISSING and field.name not in values
-    ]
+    missing = [field.name for field in fields.values() if field.default is dataclasses.MISSING and field.name not in values]
     if missing:
         raise ValueError(f"EDF {text!r}: expected a value for {', '.join(missing)}")
     return kind(**values)

@@ -59,31 +59,38 @@ class _Defined(torch.autograd.Function):
 
 
 def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
-    """p, log p, log q, w and the direction times w / (2 q + eps), exactly as the formula is written."""
+    """log p, log q, w and the direction over (2 q + eps), as the formula is written."""
     softmax = torch.softmax(logits, 1)
     p = softmax.gather(1, label)[:, 0]
-    weight = emphasis.weight(p)
     onehot = torch.zeros_like(logits).scatter(1, label, 1.0)
-    gradient = (softmax - onehot) / (2 * (1 - p) + eps)[:, None] * weight[:, None]
-    return p, p.clamp(min=FLOAT32_TINY).log(), torch.log1p(-p), weight, gradient
+    direction = (softmax - onehot) / (2 * (1 - p) + eps)[:, None]
+    return p.clamp(min=FLOAT32_TINY).log(), torch.log1p(-p), emphasis.weight(p), direction
 
 
 def _stable(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
     """The same from the margin z_y - log sum_{j != y} exp(z_j), where nothing cancels."""
-    label_logit = logits.gather(1, label)[:, 0]
-    others = logits.scatter(1, label, -torch.inf)
-    lse = torch.logsumexp(others, 1)
-    margin = torch.where(label_logit == torch.inf, torch.nan, label_logit) - lse
+    margin, others = _exclusive(logits, label)
     log_p, log_q = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     log_weight = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
-    weight = torch.exp(log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)))
-    weight = torch.where(margin.isnan(), margin, weight)
+    # In fp64, so that the sum of weights overflows as late as can be.
+    weight = torch.exp(log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)).double())
     q = torch.sigmoid(-margin)
-    k = weight * (q / (2 * q + eps) if eps else torch.full_like(q, 0.5))
-    no_other = lse == -torch.inf
-    direction = torch.exp(others - torch.where(no_other, 0, lse)[:, None]).scatter(1, label, -1.0)
-    gradient = torch.where(no_other[:, None] & ~margin.isnan()[:, None], 0, k[:, None] * direction)
-    return torch.sigmoid(margin), log_p, log_q, weight, gradient
+    norm = q / (2 * q + eps) if eps else torch.full_like(q, 0.5)
+    direction = norm[:, None] * others.scatter(1, label, -1.0)
+    direction = torch.where((margin == torch.inf)[:, None], 0, direction)
+    return log_p, log_q, torch.where(margin.isnan(), margin.double(), weight), direction
+
+
+def _exclusive(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The margin (N,), and the softmax over the classes other than the label (N, V), 0 for the label."""
+    others = logits.scatter(1, label, -torch.inf)
+    top = others.amax(1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0, top)
+    exps = torch.exp(others - top)
+    total = exps.sum(1, keepdim=True)
+    label_logit = logits.gather(1, label)
+    lead = torch.where(label_logit == torch.inf, torch.nan, label_logit) - top
+    return (lead - total.log())[:, 0], exps / total
 
 
 def dm_loss(
@@ -123,36 +130,31 @@ def dm_loss(
     z = z if z.dtype == torch.float64 else z.float()
     valid = target != ignore_index
     label = torch.where(valid, target.long(), 0)[:, None]
-    p, log_p, log_q, w, gradient = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
-    if closed_form is not None:
-        value = closed_form(log_p, log_q)
-    else:
-        value = torch.where(w == 0, 0, -w * log_p)
+    log_p, log_q, w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
+    value = closed_form(log_p, log_q).double() if closed_form else torch.where(w == 0, 0, -w * log_p)
 
-    c = valid.to(z.dtype)
+    c = valid.double()
     if weight is not None:
-        c = c * weight.to(z.dtype)[torch.where(valid, label[:, 0], 0)]
+        c = c * weight.double()[torch.where(valid, label[:, 0], 0)]
     if sample_weight is not None:
-        c = torch.where(valid, c * sample_weight.to(z.dtype), 0)
+        c = torch.where(valid, c * sample_weight.double(), 0)
     counts = c != 0
     cw = torch.where(counts, c * w, 0)
-    value = torch.where(counts, c * value, 0)
-    gradient = torch.where(counts[:, None], c[:, None] * gradient, 0)
-    sum_weight = 1e-8 + cw.double().sum()
+    sum_weight = 1e-8 + cw.sum()
     if reduction == "sum_weight":
-        divisor = sum_weight.to(z.dtype)
+        divisor = sum_weight
     elif reduction == "mean":
         divisor = torch.where(counts.any(), c.sum(), 1)
     else:
-        divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=z.dtype, device=z.device)
-    value, gradient = value / divisor, gradient / divisor
-    if reduction != "none":
-        value = value.sum()
+        divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=torch.float64, device=z.device)
+    value = torch.where(counts, c * value, 0) / divisor
+    gradient = torch.where(counts[:, None], (cw / divisor).to(z.dtype)[:, None] * direction, 0)
+    value = (value if reduction == "none" else value.sum()).to(z.dtype)
     others = z.scatter(1, label, -torch.inf)
     return ReferenceOutput(
         loss=_Defined.apply(logits, value, gradient),
-        example_weight=cw / divisor,
-        target_prob=torch.where(valid, p, torch.nan),
+        example_weight=(cw / divisor).to(z.dtype),
+        target_prob=torch.where(valid, log_p.exp(), torch.nan),
         sum_weight=sum_weight,
         correct=valid & (z.gather(1, label) >= others).all(1),
     )

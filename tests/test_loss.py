@@ -1,0 +1,204 @@
+"""Every implementation against the reference in fp64: shapes, dtypes, reductions, weights, ignored rows, extremes."""
+
+import pytest
+import torch
+from batches import DTYPES, EMPHASES, IMPLEMENTATIONS, SHAPES, make, run
+from tolerance import check, expected
+
+from fused_dm import dm_loss, edf
+
+DM = edf.DM(beta=8, lambd=0.5)
+
+
+def verify(impl, batch, emphasis, dloss=None, **options):
+    truth = expected(*batch, emphasis, dloss, **options)
+    check(*run(impl, *batch, emphasis, dloss, **options), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes(impl, dtype, shape, reduction):
+    verify(impl, make(*shape, dtype, ignored=0.2), DM, reduction=reduction)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+def test_emphases(impl, emphasis, reduction):
+    for dtype in DTYPES:
+        batch = make(33, 50, dtype, seed=1, ignored=0.2)
+        dloss = torch.linspace(-1, 2, 33) if reduction == "none" else torch.tensor(0.75)
+        verify(impl, batch, emphasis, dloss, reduction=reduction)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("normalizer", [7.5, torch.tensor(7.5), torch.tensor(3), torch.tensor(7.5, dtype=torch.float64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dloss", [1.0, 3.0])
+def test_normalizer(impl, normalizer, dtype, dloss):
+    batch = make(9, 300, dtype, ignored=0.2)
+    verify(impl, batch, DM, torch.tensor(dloss), reduction="sum", normalizer=normalizer)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_any_sign(impl, reduction, emphasis, dtype):
+    batch = make(40, 12, dtype, seed=2, ignored=0.2)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(12, generator=generator) + 0.5
+    weight[::5] = 0
+    sample_weight = torch.randn(40, generator=generator) + 1
+    sample_weight[::7] = 0
+    for options in ({"weight": weight}, {"sample_weight": sample_weight}, {"weight": weight, "sample_weight": sample_weight}):
+        verify(impl, batch, emphasis, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum"])
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("margins", "offset", "scale"),
+    [(80.0, 0.0, 2.0), (1e4, 0.0, 2.0), (8.0, 1e4, 2.0), (8.0, -1e4, 2.0), (8.0, 0.0, 30.0), (1e-3, 0.0, 1e-3)],
+    ids=["margins 80", "margins 1e4", "offset 1e4", "offset -1e4", "wide span", "narrow span"],
+)
+def test_extremes(impl, reduction, emphasis, dtype, margins, offset, scale):
+    verify(impl, make(17, 40, dtype, margins=margins, offset=offset, scale=scale), emphasis, reduction=reduction)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("beta", [1000.0, -1000.0])
+def test_huge_beta_overflows_nowhere_under_sum_weight(impl, beta):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        verify(impl, make(17, 40, dtype), edf.DM(beta=beta, lambd=0.5))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.1])
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE()], ids=str)
+def test_eps(impl, eps, emphasis):
+    for dtype in DTYPES:
+        verify(impl, make(17, 40, dtype, margins=30.0), emphasis, eps=eps)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
+def test_target_dtypes(impl, dtype):
+    batch = make(9, 100)
+    truth = expected(*batch, DM)
+    check(*run(impl, batch.logits, batch.target.to(dtype), DM), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_ignore_index_may_be_a_class(impl):
+    batch = make(30, 5)
+    verify(impl, batch, DM, ignore_index=2)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+def test_rows_and_classes_may_be_strided(impl, reduction):
+    logits, target = make(20, 48)
+    wide = torch.zeros(20, 64)
+    wide[:, 8:56] = logits
+    by_column = logits.t().contiguous().t()
+    for strided in (wide[:, 8:56], by_column):
+        truth = expected(logits, target, DM, reduction=reduction)
+        leaf = strided.detach().requires_grad_()
+        output = dm_loss(leaf, target, DM, reduction=reduction, return_output=True, impl=impl if impl != "triton" else None)
+        (dlogits,) = torch.autograd.grad(output.loss.sum(), leaf)
+        check(output, dlogits, truth)
+    output, dlogits = run(impl, wide[:, 8:56], target, DM, reduction=reduction)
+    check(output, dlogits, truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "none"])
+def test_spatial(impl, reduction):
+    logits, target = make(2 * 3 * 4, 7, ignored=0.2)
+    spatial = logits.reshape(2, 3, 4, 7).movedim(-1, 1)
+    sample_weight = torch.rand(24) + 0.5
+    truth = expected(logits, target, DM, reduction=reduction, sample_weight=sample_weight)
+    output, dlogits = run(
+        impl, spatial, target.reshape(2, 3, 4), DM, reduction=reduction, sample_weight=sample_weight.reshape(2, 3, 4)
+    )
+    assert dlogits.shape == spatial.shape
+    assert output.example_weight.shape == output.target_prob.shape == output.correct.shape == (2, 3, 4)
+    flat = output._replace(
+        loss=output.loss.flatten() if reduction == "none" else output.loss,
+        example_weight=output.example_weight.flatten(),
+        target_prob=output.target_prob.flatten(),
+        correct=output.correct.flatten(),
+    )
+    check(flat, dlogits.movedim(1, -1).reshape(24, 7), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+def test_single_example(impl, reduction):
+    logits, target = make(1, 7)
+    output, dlogits = run(impl, logits[0], target[0], DM, reduction=reduction)
+    whole, gradient = run(impl, logits, target, DM, reduction=reduction)
+    assert output.loss.shape == ()
+    torch.testing.assert_close(output.loss, whole.loss.reshape(()), rtol=0, atol=0)
+    torch.testing.assert_close(dlogits, gradient[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeatable_to_the_bit_and_logits_untouched(impl, reduction, dtype):
+    logits, target = make(70, 300, dtype, ignored=0.2)
+    before = logits.clone()
+    runs = [run(impl, logits, target, DM, reduction=reduction) for _ in range(3)]
+    for output, dlogits in runs[1:]:
+        assert torch.equal(dlogits, runs[0][1])
+        for name in ("loss", "example_weight", "sum_weight"):
+            assert torch.equal(getattr(output, name), getattr(runs[0][0], name))
+    assert torch.equal(logits, before)
+    assert runs[0][0].loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (runs[0][1][(target == -100).to(runs[0][1].device)] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_aligned_and_unaligned_rows_agree_to_the_bit(impl, dtype):
+    logits, target = make(20, 48, dtype)
+    wide = torch.zeros(20, 64, dtype=dtype)
+    wide[:, :48] = logits
+    assert torch.equal(run(impl, wide[:, :48], target, DM)[1], run(impl, logits, target, DM)[1])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+def test_margin_path_agrees_with_fused(impl, reduction, emphasis):
+    batch = make(33, 50, seed=5, ignored=0.2)
+
+    def same(log_p, log_q):
+        return emphasis.log_weight(log_p, log_q)
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        logits = batch.logits.to(dtype)
+        eps = 0.0 if emphasis.has_loss else 1e-6
+        truth = expected(logits, batch.target, same, reduction=reduction, eps=eps)
+        check(*run(impl, logits, batch.target, same, reduction=reduction, eps=eps), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_cross_entropy_is_torchs(impl):
+    logits, target = make(40, 30, torch.float64, ignored=0.2)
+    weight = torch.rand(30, dtype=torch.float64)
+    for options in ({}, {"weight": weight}):
+        leaf = logits.clone().requires_grad_()
+        theirs = torch.nn.functional.cross_entropy(leaf, target, **options)
+        theirs.backward()
+        output, dlogits = run(impl, logits, target, edf.CCE(), reduction="mean", **options)
+        torch.testing.assert_close(output.loss.cpu(), theirs, rtol=1e-13, atol=0)
+        torch.testing.assert_close(dlogits.cpu(), leaf.grad, rtol=1e-12, atol=1e-15)
