@@ -64,11 +64,13 @@ def fused_kernel(
     store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
+    active = k != 0.0
+    exps = tl.where(active[:, None], exps, 0.0)
     last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
     store_block(dlogits_ptr, row, last, gradient_of(exps, last, target, k, row_sum), V, exists)
-    base = finite_max(row_max)
+    base = tl.where(active, finite_max(row_max), 0.0)
     for done in range(1, blocks):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
-        others = other_classes(load_block(logits_ptr, row, stride, again, V, valid), again, target)
+        others = other_classes(load_block(logits_ptr, row, stride, again, V, active), again, target)
         gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum)
         store_block(dlogits_ptr, row, again, gradient, V, exists)

@@ -47,9 +47,10 @@ def gradient_kernel(
         log_scale = tl.load(totals_ptr).to(row_sum.dtype)
         divisor = tl.load(totals_ptr + 1).to(row_sum.dtype)
         k = coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor)
-    base = finite_max(row_max)
+    active = valid & (k != 0.0)
+    base = tl.where(active, finite_max(row_max), 0.0)
     for start in range(begin, end, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row, stride, cols, V, valid)
+        logits = load_block(logits_ptr, row, stride, cols, V, active)
         exps = exp(other_classes(logits, cols, target) - base[:, None])
         store_block(dlogits_ptr, row, cols, gradient_of(exps, cols, target, k, row_sum), V, exists)

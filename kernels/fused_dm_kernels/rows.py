@@ -137,8 +137,8 @@ def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
 
 @triton.jit
 def gradient_of(exps, cols, target, k, row_sum):
-    """k exp(z_j - lse) for the other classes and -k for the label."""
-    share = k / tl.where(row_sum == 0.0, 1.0, row_sum)
+    """k exp(z_j - lse) for the other classes and -k for the label; 0 for rows with k = 0, whose exps must be finite."""
+    share = k / tl.where(k == 0.0, 1.0, row_sum)
     return tl.where(cols[None, :] == target[:, None], -k[:, None], exps * share[:, None])
 
 

@@ -1,0 +1,197 @@
+"""Inputs at the edge of the definition: each has a value that is defined, and no gradient that is not."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from batches import EMPHASES, IMPLEMENTATIONS, make, run
+from tolerance import check, expected
+
+import fused_dm
+from fused_dm import edf
+
+DM = edf.DM(beta=8, lambd=0.5)
+REDUCTIONS = ["sum_weight", "mean", "sum", "none"]
+
+
+def interpreted_infinities(impl):
+    """The interpreter computes with numpy, which warns of the inf - inf that gives a row with +inf its nan."""
+    return np.errstate(invalid="ignore", over="ignore") if impl == "triton" else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+def test_every_row_ignored(impl, reduction, emphasis):
+    logits, _ = make(7, 11)
+    logits[0, 0] = math.nan
+    output, dlogits = run(impl, logits, torch.full((7,), -100), emphasis, reduction=reduction)
+    assert (output.loss == 0).all()
+    assert torch.equal(dlogits, torch.zeros_like(dlogits))
+    assert (output.example_weight == 0).all()
+    assert output.target_prob.isnan().all()
+    assert not output.correct.any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)])
+def test_empty_batch(impl, reduction, shape):
+    logits = torch.zeros(shape)
+    output, dlogits = run(impl, logits, torch.zeros(shape[:1] + shape[2:], dtype=torch.int64), DM, reduction=reduction)
+    assert dlogits.shape == logits.shape
+    assert output.loss.sum() == 0
+    assert output.sum_weight.item() == pytest.approx(1e-8)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+def test_one_class_has_no_gradient(impl, reduction, emphasis):
+    output, dlogits = run(impl, torch.tensor([[3.0], [-2.0]]), torch.zeros(2, dtype=torch.int64), emphasis, reduction=reduction)
+    assert torch.equal(dlogits, torch.zeros_like(dlogits))
+    assert (output.target_prob == 1).all()
+    assert output.correct.all()
+    assert (output.loss == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+def test_probability_zero_and_one(impl, reduction, emphasis):
+    """p rounds to 0 and to 1, other classes at -inf, all other classes at -inf."""
+    logits = torch.tensor(
+        [
+            [1e4, 0.0, 1.0, 2.0],
+            [-1e4, 0.0, 1.0, 2.0],
+            [2.0, -math.inf, 1.0, -math.inf],
+            [2.0, -math.inf, -math.inf, -math.inf],
+        ]
+    )
+    target = torch.zeros(4, dtype=torch.int64)
+    truth = expected(logits, target, emphasis, reduction=reduction)
+    assert truth.dlogits.isfinite().all()
+    check(*run(impl, logits, target, emphasis, reduction=reduction), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+def test_label_at_minus_infinity(impl, emphasis):
+    logits = torch.tensor([[-math.inf, 0.0, 1.0], [1.0, 0.0, 2.0]])
+    target = torch.tensor([0, 0])
+    truth = expected(logits, target, emphasis, reduction="none")
+    assert truth.dlogits.isfinite().all()
+    check(*run(impl, logits, target, emphasis, reduction="none"), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "none"])
+@pytest.mark.parametrize("at", [0, 1, 150])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), edf.MAE(), edf.GCE()], ids=str)
+def test_nan_and_infinity_make_the_value_nan(impl, emphasis, bad, at, reduction):
+    logits, _ = make(3, 200)
+    logits[1, at] = bad
+    target = torch.zeros(3, dtype=torch.int64)
+    with interpreted_infinities(impl):
+        output, dlogits = run(impl, logits, target, emphasis, reduction=reduction)
+    if reduction == "none":
+        assert output.loss.isnan().tolist() == [False, True, False]
+        assert dlogits.isfinite().all(1).tolist() == [True, False, True]
+    else:
+        assert output.loss.isnan()
+    assert output.target_prob.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("way", ["ignored", "sample weight 0", "class weight 0"])
+def test_rows_that_do_not_count_may_hold_anything(impl, reduction, way):
+    logits, target = make(5, 6)
+    target[:] = torch.tensor([0, 1, 2, 3, 4])
+    without = logits.clone()
+    logits[2] = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 0])
+    options: dict = {"reduction": reduction}
+    if way == "ignored":
+        target[2] = -100
+    elif way == "sample weight 0":
+        options["sample_weight"] = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5])
+    else:
+        options["weight"] = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 1.0])
+    truth = expected(without, target, DM, **options)
+    with interpreted_infinities(impl):
+        output, dlogits = run(impl, logits, target, DM, **options)
+    assert torch.equal(dlogits[2], torch.zeros_like(dlogits[2]))
+    prob = truth.target_prob.clone()
+    prob[2] = output.target_prob[2]
+    correct = truth.correct.clone()
+    correct[2] = output.correct[2]
+    check(output, dlogits, truth._replace(target_prob=prob, correct=correct))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE()], ids=str)
+def test_all_weights_zero(impl, reduction, emphasis):
+    output, dlogits = run(impl, *make(5, 6), emphasis, reduction=reduction, sample_weight=torch.zeros(5))
+    assert (output.loss == 0).all()
+    assert torch.equal(dlogits, torch.zeros_like(dlogits))
+    assert output.sum_weight.item() == pytest.approx(1e-8)
+
+
+@pytest.mark.parametrize("label", [-1, 6, 10**9, -(2**40), 2**40])
+def test_label_that_is_no_class_on_the_cpu(label):
+    logits, target = make(5, 6)
+    target[3] = label
+    with pytest.raises(IndexError, match=rf"target: expected labels in \[0, 6\).*got {label} at row 3"):
+        fused_dm.dm_loss(logits, target, DM, impl="cpu")
+    with pytest.raises(IndexError, match=rf"target: expected labels in \[0, 6\).*got {label}"):
+        fused_dm.margin(logits, target, impl="cpu")
+
+
+@pytest.mark.parametrize("label", [-1, 6, 10**9, -(2**40), 2**40])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_label_that_is_no_class_in_a_kernel(label, reduction, monkeypatch):
+    logits, target = make(5, 6)
+    target[3] = label
+    output, dlogits = run("triton", logits, target, DM, reduction=reduction)
+    assert output.target_prob.isnan().tolist() == [False, False, False, True, False]
+    if reduction == "none":
+        assert output.loss.isnan().tolist() == [False, False, False, True, False]
+    else:
+        assert output.loss.isnan()
+    assert dlogits.isnan().any(1).tolist() == [False, False, False, True, False]
+    monkeypatch.setenv("FUSED_DM_VALIDATE", "1")
+    with pytest.raises(IndexError, match=rf"target: expected labels in \[0, 6\).*got {label}"):
+        run("triton", logits, target, DM)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_near_certainty_keeps_its_digits(impl):
+    """1 - p from 1e-3 to 1e-12: the row's L1 norm is w / S whatever p is."""
+    classes = 5000
+    q = torch.logspace(-3, -12, 10, dtype=torch.float64)
+    logits = torch.zeros(10, classes, dtype=torch.float64)
+    logits[:, 0] = torch.log((1 - q) / q) + math.log(classes - 1)
+    logits = logits.float()
+    target = torch.zeros(10, dtype=torch.int64)
+    truth = expected(logits, target, DM, eps=0.0)
+    output, dlogits = run(impl, logits, target, DM, eps=0.0)
+    check(output, dlogits, truth)
+    torch.testing.assert_close(
+        dlogits.double().abs().sum(1).cpu(), truth.dlogits.abs().sum(1), rtol=1e-6, atol=0, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_no_grad_needs_no_gradient(impl):
+    logits, target = make(5, 6)
+    truth = expected(logits, target, DM)
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            output = fused_dm.dm_loss(logits.to(device), target.to(device), DM, impl=impl, return_output=True)
+        assert not output.loss.requires_grad
+        check(output, None, truth)
