@@ -29,21 +29,38 @@ class DMOutput(NamedTuple):
     correct: Tensor
 
 
-def _make_params(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
-
-
 @functools.lru_cache(maxsize=256)
 def _cached_params(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 
+def _traced(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # A float in traced code recompiles for every value, unless all it meets is a product with a tensor.
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([one * value for value in values])
+
+
 def _params(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """eps and the family's parameters on the device, fp64. Cached, as a copy to a GPU would synchronise."""
+    """eps and the family's parameters on the device, fp64.
+
+    Cached, as a copy to a GPU would synchronise; but not in traced code, where the cache would hold a traced tensor.
+    """
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-        return _make_params(values, device)
+        return _traced(values, device)
     return _cached_params(values, device)
+
+
+def _normalizer(value: float | Tensor | None, device: torch.device) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.double()
+    return (
+        _traced((value,), device)[0]
+        if torch.compiler.is_compiling()
+        else torch.full((), value, dtype=torch.float64, device=device)
+    )
 
 
 def _default_eps(emphasis: Any, eps: float | None) -> float:
@@ -101,8 +118,7 @@ def _compute(
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)
-    if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), normalizer, dtype=torch.float64, device=logits.device)
+    divisor = _normalizer(normalizer, logits.device)
     if impl == "reference":
         loss, *rest = reference.dm_loss(
             rows,
@@ -112,7 +128,7 @@ def _compute(
             sample_weight=row_weight,
             ignore_index=ignore_index,
             reduction=reduction,
-            normalizer=normalizer,
+            normalizer=divisor,
             eps=eps,
         )
         received: Received | None = Received(*rest)
@@ -125,7 +141,7 @@ def _compute(
             target=labels,
             weight=weight,
             sample_weight=row_weight,
-            normalizer=None if normalizer is None else normalizer.double(),
+            normalizer=divisor,
             emphasis=_emphasis(emphasis, params),
             reduction=reduction,
             ignore_index=ignore_index,
@@ -290,6 +306,8 @@ class DMLoss(torch.nn.Module):
         self.normalizer = normalizer
         values = self.emphasis.params if isinstance(self.emphasis, edf.EDF) else ()
         self.register_buffer("emphasis_params", torch.tensor((self.eps, *values), dtype=torch.float64), persistent=False)
+        _validation.check_tensor_or_none("weight", weight)
+        _validation.check_tensor_or_none("sample_weight", sample_weight)
         self.register_buffer("weight", weight)
         self.register_buffer("sample_weight", sample_weight)
 

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG_FLOOR = math.log(1e-8)
-
 
 class RowTerms(NamedTuple):
     """Numbers of the rows, (N,) each. An ignored row, and one whose weight is 0, has -inf, 0, 0 and 0."""
@@ -94,7 +92,7 @@ def row_values(terms: RowTerms, log_scale: Tensor | float, has_loss: bool) -> Te
 def batch_totals(terms: RowTerms, normalizer: Tensor | None) -> Totals:
     """The divisor of the batch: `normalizer`, or 1e-8 + sum c w where that is None."""
     log_weight = terms.log_weight.detach()
-    floor = log_weight.new_full((1,), LOG_FLOOR)
+    floor = log_weight.new_full((1,), math.log(1e-8))
     top = torch.cat([log_weight, floor]).amax()
     relative = (terms.sign * torch.exp(log_weight - top)).sum(dtype=torch.float64)
     relative = relative + torch.exp(floor[0].double() - top.double())

@@ -64,16 +64,20 @@ def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
 
 
+def check_tensor_or_none(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
 def check_weights(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
     classes = logits.shape[min(1, logits.dim() - 1)]
     for name, value, shape in (
         ("weight", weight, (classes,)),
         ("sample_weight", sample_weight, tuple(target.shape)),
     ):
+        check_tensor_or_none(name, value)
         if value is None:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
         if tuple(value.shape) != shape:

@@ -293,8 +293,8 @@ def parse(text: str) -> EDF:
     name, _, rest = text.partition(":")
     kind = _NAMES.get(name.strip().lower())
     if kind is None:
-        near = difflib.get_close_matches(name.strip().lower(), _NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(name.strip().lower(), _NAMES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown EDF {name.strip()!r}{hint} Known: {', '.join(_NAMES)}")
     fields = {field.name.lower(): field for field in dataclasses.fields(kind)}
     values: dict[str, float] = {}

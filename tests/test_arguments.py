@@ -1,0 +1,161 @@
+"""Every wrong argument: the error's type, and a message that names the argument, what was expected and what was given."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_dm import DMLoss, dm_loss, edf, margin
+
+LOGITS = torch.zeros(4, 5)
+TARGET = torch.zeros(4, dtype=torch.int64)
+DM = edf.DM(beta=8, lambd=0.5)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "error", "message"),
+    [
+        ([[0.0]], TARGET, TypeError, r"logits: expected a Tensor, got list"),
+        (LOGITS, [0], TypeError, r"target: expected a Tensor, got list"),
+        (LOGITS.long(), TARGET, TypeError, r"logits: expected dtype float16.*got torch.int64"),
+        (LOGITS.to(torch.complex64), TARGET, TypeError, r"logits: expected dtype float16.*got torch.complex64"),
+        (LOGITS, TARGET.float(), TypeError, r"target: expected labels of an integer dtype.*probability targets"),
+        (LOGITS, LOGITS, TypeError, r"target: expected labels of an integer dtype.*probability targets"),
+        (LOGITS, TARGET.bool(), TypeError, r"target: expected an integer dtype, got torch.bool"),
+        (torch.tensor(1.0), TARGET, ValueError, r"logits: expected shape \(V\).*got a 0-d tensor"),
+        (LOGITS, TARGET[:3], ValueError, r"target: expected shape \(4,\) for logits of shape \(4, 5\), got \(3,\)"),
+        (LOGITS[0], TARGET, ValueError, r"target: expected shape \(\) for logits of shape \(5,\), got \(4,\)"),
+        (torch.zeros(4, 5, 2), TARGET, ValueError, r"target: expected shape \(4, 2\).*got \(4,\)"),
+        (torch.zeros(4, 0), TARGET, ValueError, r"logits: expected at least one class, got shape \(4, 0\)"),
+        (LOGITS, TARGET.to("meta"), ValueError, r"target: expected device cpu, that of logits, got meta"),
+    ],
+)
+def test_logits_and_target(logits, target, error, message):
+    for call in (lambda: dm_loss(logits, target, DM), lambda: DMLoss(DM)(logits, target), lambda: margin(logits, target)):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight": [1.0]}, TypeError, r"weight: expected a Tensor, got list"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight: expected shape \(5,\), got \(4,\)"),
+        ({"weight": torch.ones(5, dtype=torch.int64)}, TypeError, r"weight: expected a float dtype, got torch.int64"),
+        ({"weight": torch.ones(5, requires_grad=True)}, ValueError, r"weight: expected a tensor that does not require grad"),
+        ({"weight": torch.ones(5, device="meta")}, ValueError, r"weight: expected device cpu.*got meta"),
+        ({"sample_weight": 1.0}, TypeError, r"sample_weight: expected a Tensor, got float"),
+        ({"sample_weight": torch.ones(5)}, ValueError, r"sample_weight: expected shape \(4,\), got \(5,\)"),
+        ({"sample_weight": torch.ones(4, requires_grad=True)}, ValueError, r"sample_weight: expected a tensor that does not"),
+        ({"ignore_index": 1.5}, TypeError, r"ignore_index: expected an int, got 1.5"),
+        ({"ignore_index": True}, TypeError, r"ignore_index: expected an int, got True"),
+        ({"reduction": "avg"}, ValueError, r"reduction: expected one of sum_weight, mean, sum, none, got 'avg'"),
+        ({"reduction": "mean", "normalizer": 2.0}, ValueError, r'normalizer: expected reduction="sum" with it.*\'mean\''),
+        ({"normalizer": 2.0}, ValueError, r'normalizer: expected reduction="sum" with it.*\'sum_weight\''),
+        ({"reduction": "sum", "normalizer": 0.0}, ValueError, r"normalizer: expected a finite number above 0, got 0.0"),
+        (
+            {"reduction": "sum", "normalizer": float("nan")},
+            ValueError,
+            r"normalizer: expected a finite number above 0, got nan",
+        ),
+        ({"reduction": "sum", "normalizer": "2"}, TypeError, r"normalizer: expected a number or a 0-d tensor, got '2'"),
+        (
+            {"reduction": "sum", "normalizer": torch.ones(1)},
+            ValueError,
+            r"normalizer: expected a number or a 0-d tensor.*\(1,\)",
+        ),
+        (
+            {"reduction": "sum", "normalizer": torch.ones((), requires_grad=True)},
+            ValueError,
+            r"normalizer: expected a tensor that does not require grad",
+        ),
+        (
+            {"reduction": "sum", "normalizer": torch.ones((), device="meta")},
+            ValueError,
+            r"normalizer: expected device cpu, that of logits, got meta",
+        ),
+        ({"eps": -1.0}, ValueError, r"eps: expected a finite number, at least 0, got -1.0"),
+        ({"eps": float("inf")}, ValueError, r"eps: expected a finite number, at least 0, got inf"),
+        ({"eps": "small"}, TypeError, r"eps: expected a number or None, got 'small'"),
+        ({"label_smoothing": 0.1}, ValueError, r"label_smoothing: expected 0, got 0.1; smoothed labels change the direction"),
+        ({"impl": "cuda"}, ValueError, r"impl: expected None or one of triton, cpu, reference, got 'cuda'"),
+    ],
+)
+def test_options(options, error, message):
+    with pytest.raises(error, match=message):
+        dm_loss(LOGITS, TARGET, DM, **options)
+    with pytest.raises(error, match=message):
+        DMLoss(DM, **options)(LOGITS, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "error", "message"),
+    [
+        (None, TypeError, r"emphasis: expected an EDF such as .*, got None"),
+        (8.0, TypeError, r"emphasis: expected an EDF such as .*, got 8.0"),
+        (edf.DM, TypeError, r"emphasis: expected an EDF such as .*, got <class"),
+        (edf.EDF(), TypeError, r"emphasis: expected an EDF such as .*, got the base class EDF"),
+        (
+            "dn:beta=8",
+            ValueError,
+            r"unknown EDF 'dn'; did you mean 'dm'\? Known: dm, exponential, uniform, imae, cce, mae, gce",
+        ),
+        ("nothing like it", ValueError, r"unknown EDF 'nothing like it'. Known: dm, "),
+        ("dm", ValueError, r"EDF 'dm': expected a value for beta, lambd"),
+        ("dm:beta=8", ValueError, r"EDF 'dm:beta=8': expected a value for lambd"),
+        ("dm:beta=8,gamma=1", ValueError, r"expected each of \(beta, lambd\) at most once, got 'gamma=1'"),
+        ("dm:beta=8,beta=9,lambd=1", ValueError, r"expected each of \(beta, lambd\) at most once, got 'beta=9'"),
+        ("dm:beta=eight,lambd=1", ValueError, r"expected a number for beta, got 'eight'"),
+        ("dm:beta=inf,lambd=1", ValueError, r"DM: expected beta to be a finite number, got inf"),
+        ("dm:beta=1,lambd=-1", ValueError, r"DM: expected lambd >= 0, got -1.0"),
+        ("gce:q=0", ValueError, r"GCE: expected 0 < q <= 1, got 0.0"),
+        ("gce:q=1.5", ValueError, r"GCE: expected 0 < q <= 1, got 1.5"),
+    ],
+)
+def test_emphasis(emphasis, error, message):
+    for call in (lambda: dm_loss(LOGITS, TARGET, emphasis), lambda: DMLoss(emphasis)):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_parameters_of_an_edf():
+    with pytest.raises(ValueError, match=r"DM: expected beta to be a finite number, got '8'"):
+        edf.DM(beta="8", lambd=1)
+    with pytest.raises(ValueError, match=r"IMAE: expected T to be a finite number, got True"):
+        edf.IMAE(T=True)
+
+
+def test_custom_emphasis_of_the_wrong_shape():
+    with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return a tensor of shape \(4,\), got \(\)"):
+        dm_loss(LOGITS, TARGET, lambda log_p, log_q: log_p.sum())
+    with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return a tensor of shape \(4,\), got float"):
+        dm_loss(LOGITS, TARGET, lambda log_p, log_q: 0.0)
+
+
+def test_set_emphasis():
+    criterion = DMLoss("dm:beta=2,lambd=0.5")
+    with pytest.raises(ValueError, match=r"set_emphasis: expected an EDF of the family 'dm', got gce:q=0.7"):
+        criterion.set_emphasis("gce")
+    with pytest.raises(ValueError, match=r"set_emphasis: expected a built-in EDF.*got a callable"):
+        criterion.set_emphasis(lambda log_p, log_q: log_p)
+
+
+def test_kernels_are_refused_on_the_cpu_without_the_interpreter():
+    code = (
+        "import torch, fused_dm\n"
+        "assert fused_dm.available_impls() == ('cpu', 'reference') or torch.cuda.is_available()\n"
+        "fused_dm.dm_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 'cce', impl='triton')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "ValueError: impl='triton': expected logits on a GPU, got the CPU" in done.stderr
+
+
+def test_implementations_of_this_machine():
+    import fused_dm
+
+    assert fused_dm.available_impls() == ("triton", "cpu", "reference")

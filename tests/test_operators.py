@@ -1,0 +1,278 @@
+"""The operators as torch sees them: opcheck, compilation, autocast, a second backward, a schedule without recompiling."""
+
+import pytest
+import torch
+from batches import DTYPES, GPU, device_of, make, run
+from tolerance import check, expected
+
+import fused_dm
+from fused_dm import DMLoss, _operators, dm_loss, edf
+
+DM = edf.DM(beta=8, lambd=0.5)
+PARAMS = torch.tensor([1e-6, 8.0, 0.5], dtype=torch.float64)
+IMPLEMENTATIONS = ("cpu", "triton")
+# Dynamo cannot trace into a kernel in the interpreter, and need not: the operator is opaque to it.
+
+
+def arguments(dtype, impl, rows=4, strided=False):
+    # No ignored row: opcheck takes the nan of its margin for a difference.
+    logits, target = make(rows, 20, dtype)
+    if strided:
+        wide = torch.zeros(rows, 32, dtype=dtype)
+        wide[:, :20] = logits
+        logits = wide[:, :20]
+    device = device_of(impl)
+    return logits.to(device).requires_grad_(), target.to(device), PARAMS.to(device)
+
+
+def operators(dtype, impl, **shape):
+    """(operator, arguments) for every operator of an implementation."""
+    logits, target, params = arguments(dtype, impl, **shape)
+    plain, rows = logits.detach(), logits.shape[0]
+    margins, statistics = _operators.margin(plain, target, -100, impl)
+    yield _operators.margin, (logits, target, -100, impl)
+    yield _operators.margin_gradient, (plain, target, statistics, torch.ones_like(margins), -100, impl)
+    if impl == "cpu":
+        value = margins.new_ones(()).requires_grad_(False)
+        coefficient = margins.new_ones(rows)
+        yield _operators.attach_to_margin, (margins.clone().requires_grad_(), value, coefficient)
+        yield _operators.cpu_direction, (plain, target, -100)
+        direction = _operators.cpu_direction(plain, target, -100)[2]
+        yield _operators.scale_rows_, (direction.clone(), coefficient)
+        yield _operators.attach_direction, (logits, value, direction, coefficient)
+        return
+    normalizer = torch.full((), 3.0, dtype=torch.float64, device=plain.device)
+    weight = torch.ones(rows, dtype=margins.dtype, device=plain.device)
+    yield _operators.triton_loss, (logits, target, weight, params, None, "dm", -100)
+    yield _operators.triton_loss, (logits, target, None, params, normalizer, "dm", -100)
+    loss, buffer, totals = _operators.triton_loss(plain, target, None, params, None, "dm", -100)
+    yield _operators.triton_gradient, (plain, target, buffer, totals, torch.ones_like(loss), -100)
+    yield _operators.attach_rows, (logits, loss, target, buffer, totals, -100)
+    yield _operators.triton_fused, (plain, target, None, params, normalizer, "dm", -100)
+    dlogits = _operators.triton_fused(plain, target, None, params, normalizer, "dm", -100)[3]
+    yield _operators.triton_rescale_, (dlogits.clone(), plain, target, buffer, totals, torch.full_like(loss, 2), -100)
+    yield _operators.attach_gradient, (logits, loss, dlogits, target, buffer, totals, -100)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [{}, {"strided": True}, {"rows": 0}], ids=["plain", "strided", "no rows"])
+def test_opcheck(impl, dtype, shape):
+    # The operators that consume a buffer in their backward are right only once; opcheck runs some backwards more often on
+    # the same arguments, but always from a forward of its own.
+    for operator, args in operators(dtype, impl, **shape):
+        torch.library.opcheck(operator, args)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_counter():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("emphasis", [DM, edf.GCE(), lambda log_p, log_q: 2 * log_q], ids=["dm", "gce", "custom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compiles_as_one_graph(impl, reduction, emphasis, dtype):
+    logits, target = make(12, 30, dtype, ignored=0.2)
+    device = device_of(impl)
+    leaf = logits.to(device, copy=True).requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(logits, target):
+        return dm_loss(logits, target, emphasis, reduction=reduction, impl=impl, return_output=True)
+
+    output = compiled(leaf, target.to(device))
+    output.loss.sum().backward()
+    check(output, leaf.grad, expected(logits, target, emphasis, reduction=reduction))
+
+
+# torch's own inductor uses torch.jit.script_method.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+def test_compiles_with_inductor(impl, reduction):
+    logits, target = make(12, 30)
+    device = device_of(impl)
+    leaf = logits.to(device, copy=True).requires_grad_()
+
+    @torch.compile(fullgraph=True)
+    def compiled(logits, target):
+        # The softcap makes the logits an intermediate of the graph, which its backward reads again.
+        capped = 20 * torch.tanh(logits / 20)
+        return dm_loss(capped, target, DM, reduction=reduction, impl=impl)
+
+    compiled(leaf, target.to(device)).backward()
+    theirs = logits.double().requires_grad_()
+    fused_dm.reference.dm_loss(20 * torch.tanh(theirs / 20), target, DM, reduction=reduction).loss.backward()
+    torch.testing.assert_close(leaf.grad.cpu().double(), theirs.grad, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_schedule_of_beta_compiles_once(impl):
+    device = device_of(impl)
+    counter = compiled_counter()
+    criterion = DMLoss(edf.DM(beta=0, lambd=0.5), impl=impl).to(device)
+    step = torch.compile(criterion, fullgraph=True, backend=counter)
+    logits, target = make(12, 30)
+    for beta in range(12):
+        emphasis = edf.DM(beta=beta, lambd=0.5)
+        criterion.set_emphasis(emphasis)
+        leaf = logits.to(device, copy=True).requires_grad_()
+        loss = step(leaf, target.to(device))
+        loss.backward()
+        truth = expected(logits, target, emphasis)
+        output, dlogits = run(impl, logits, target, emphasis)
+        assert torch.equal(loss, output.loss)
+        assert torch.equal(leaf.grad, dlogits)
+        check(output, dlogits, truth)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_frozen_edfs_of_many_values_compile_twice(impl):
+    device = device_of(impl)
+    counter = compiled_counter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(logits, target, emphasis):
+        return dm_loss(logits, target, emphasis, impl=impl)
+
+    logits, target = make(12, 30)
+    for beta in (1.0, 2.5, 4.0, 7.0, 9.5, 11.0, 12.0, 13.0, 14.0, 15.0):
+        emphasis = edf.DM(beta=beta, lambd=0.5)
+        loss = step(logits.to(device), target.to(device), emphasis)
+        assert torch.equal(loss.cpu(), run(impl, logits, target, emphasis)[0].loss.detach().cpu())
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_batch_size_is_dynamic(impl):
+    device = device_of(impl)
+    counter = compiled_counter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(logits, target):
+        return dm_loss(logits, target, DM, impl=impl)
+
+    for rows in (3, 5, 8, 13):
+        logits, target = make(rows, 30)
+        leaf = logits.to(device, copy=True).requires_grad_()
+        loss = step(leaf, target.to(device))
+        loss.backward()
+        truth = expected(logits, target, DM)
+        output, dlogits = run(impl, logits, target, DM)
+        assert torch.equal(loss, output.loss)
+        assert torch.equal(leaf.grad, dlogits)
+        check(output, dlogits, truth)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_autocast_leaves_the_statistics_alone(impl):
+    device = device_of(impl)
+    torch.manual_seed(0)
+    features = torch.randn(16, 8, device=device)
+    head = torch.nn.Linear(8, 50).to(device)
+    target = torch.randint(50, (16,), device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        logits = head(features)
+        assert logits.dtype == torch.bfloat16
+        logits.retain_grad()
+        output = dm_loss(logits, target, DM, impl=impl, return_output=True)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    check(output, logits.grad, expected(logits, target, DM))
+    assert head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+def test_second_backward_is_right_or_a_clear_error(impl, reduction):
+    logits, target = make(6, 9)
+    leaf = logits.to(device_of(impl)).requires_grad_()
+    loss = dm_loss(leaf, target.to(leaf.device), DM, reduction=reduction, impl=impl).sum()
+    loss.backward(retain_graph=True)
+    first, leaf.grad = leaf.grad.clone(), None
+    consumes = impl == "cpu" or reduction == "mean"
+    if consumes:
+        with pytest.raises(RuntimeError, match="buffer was used up by the first backward pass"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert torch.equal(first, leaf.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+def test_double_backward_is_an_error(impl, reduction):
+    leaf = make(6, 9).logits.to(device_of(impl)).requires_grad_()
+    target = torch.arange(6, device=leaf.device)
+    loss = dm_loss(leaf, target, DM, reduction=reduction, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fused_dm|does not require grad"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_module_is_the_function(impl):
+    logits, target = make(12, 30)
+    device = device_of(impl)
+    weight = torch.rand(30)
+    criterion = DMLoss("dm:beta=8,lambd=0.5", weight=weight, reduction="sum", impl=impl).to(device)
+    sample_weight = torch.rand(12)
+    leaf = logits.to(device, copy=True).requires_grad_()
+    loss = criterion(leaf, target.to(device), sample_weight=sample_weight.to(device), normalizer=3.0)
+    loss.backward()
+    output, dlogits = run(impl, logits, target, DM, weight=weight, sample_weight=sample_weight, normalizer=3.0, reduction="sum")
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(leaf.grad, dlogits)
+    assert criterion.ignore_index == -100
+    assert "dm:beta=8,lambd=0.5" in repr(criterion)
+
+
+def test_parameters_stay_fp64_when_the_module_is_cast():
+    criterion = DMLoss(edf.GCE(q=0.6), weight=torch.rand(3)).to(torch.bfloat16)
+    assert criterion.weight.dtype == torch.bfloat16
+    assert criterion.emphasis_params.tolist() == [0.0, 0.6]
+    assert criterion.half().double().emphasis_params.tolist() == [0.0, 0.6]
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "none"])
+def test_cuda_graph(reduction):
+    logits, target = (tensor.cuda() for tensor in make(64, 1000))
+    criterion = DMLoss(DM, reduction=reduction).cuda()
+    static = logits.clone().requires_grad_()
+
+    def step():
+        static.grad = None
+        criterion(static, target).sum().backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for beta in (1.0, 12.0):
+        emphasis = edf.DM(beta=beta, lambd=0.5)
+        criterion.set_emphasis(emphasis)
+        graph.replay()
+        assert torch.equal(static.grad, run("triton", logits, target, emphasis, reduction=reduction)[1])

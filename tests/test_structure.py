@@ -1,0 +1,56 @@
+"""Who may import whom: the definition stays apart from the implementations, and device code apart from the host's."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fused_dm"
+KERNELS = ROOT / "kernels" / "fused_dm_kernels"
+
+# What each module imports of the project. A new module is added here, with what it is allowed.
+EDGES = {
+    "__init__": {"edf", "reference", "_api"},
+    "_api": {"_loss", "_operators", "_validation", "edf", "reference"},
+    "_cpu": set(),
+    "_loss": {"_operators", "_rows"},
+    "_operators": {"_cpu", "_triton"},
+    "_rows": set(),
+    "_triton": {"fused_dm_kernels"},
+    "_validation": {"edf"},
+    "edf": set(),
+    "reference": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            names |= {prefix} if node.module else {f"{prefix}{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_is_listed():
+    assert {path.stem for path in PACKAGE.rglob("*.py")} == set(EDGES)
+
+
+@pytest.mark.parametrize("module", EDGES)
+def test_edges(module):
+    names = imported(PACKAGE / f"{module}.py")
+    own = {
+        name.lstrip(".").split(".")[0] for name in names if name.startswith(".") or name.split(".")[0].startswith("fused_dm")
+    }
+    assert own == EDGES[module]
+    if module != "_triton":
+        assert not any(name.split(".")[0] == "triton" for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_device_code_imports_triton_and_itself(path):
+    for name in imported(path):
+        assert name.startswith(".") or name.split(".")[0] == "triton", name
