@@ -164,13 +164,15 @@ def test_batch_size_is_dynamic(impl):
     device = device_of(impl)
     counter = compiled_counter()
 
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    @torch.compile(fullgraph=True, backend=counter)
     def step(logits, target):
         return dm_loss(logits, target, DM, impl=impl)
 
     for rows in (3, 5, 8, 13):
         logits, target = make(rows, 30)
         leaf = logits.to(device, copy=True).requires_grad_()
+        for tensor in (leaf, target):
+            torch._dynamo.mark_dynamic(tensor, 0)
         loss = step(leaf, target.to(device))
         loss.backward()
         truth = expected(logits, target, DM)
