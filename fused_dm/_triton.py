@@ -31,18 +31,19 @@ def _unit(logits: Tensor) -> int:
     return unit if logits.shape[1] % unit == 0 and logits.stride(0) % unit == 0 else 1
 
 
-def tile(classes: int, keep: bool) -> dict[str, int]:
+def tile(classes: int, itemsize: int, keep: bool) -> dict[str, int]:
     """BLOCK_N, BLOCK_V and num_warps: several rows a program for few classes, one row in blocks for many.
 
-    `keep` is for the fused kernel, which keeps a block in registers: a row of up to 32768 classes is then read once, and
-    longer rows take wide programs, so that few rows are in flight and the second read comes from L2.
+    `keep` is for the fused kernel, which keeps a block in registers. A row of up to 64 KiB is then read once; longer rows take
+    wide programs, so that few rows are in flight and the second read finds them in L2. More in registers spills.
     """
     width = triton.next_power_of_2(max(16, classes))
     if keep and width > 4096:
-        block_v = min(width, 32768) if width <= 32768 else 16384
-        return {"BLOCK_N": 1, "BLOCK_V": block_v, "num_warps": max(8, min(16, block_v // 1024))}
+        registers = 65536 // itemsize
+        block_v = width if width <= registers else min(16384, registers)
+        return {"BLOCK_N": 1, "BLOCK_V": block_v, "num_warps": max(8, min(16, block_v * itemsize // 2048))}
     block_v = min(width, 4096)
-    return {"BLOCK_N": min(64, 4096 // block_v), "BLOCK_V": block_v, "num_warps": 8 if block_v >= 2048 else 4}
+    return {"BLOCK_N": min(128, 4096 // block_v), "BLOCK_V": block_v, "num_warps": 8 if block_v >= 2048 else 4}
 
 
 def _sizes(logits: Tensor) -> dict[str, int]:
@@ -68,7 +69,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
     statistics = logits.new_empty((3, rows), dtype=dtype)
     margins = logits.new_empty(rows, dtype=dtype)
     if rows:
-        config = tile(logits.shape[1], keep=False)
+        config = tile(logits.shape[1], logits.element_size(), keep=False)
         with _device(logits):
             kernels.margin_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
                 logits_ptr=logits,
@@ -95,7 +96,7 @@ def loss_and_rows(
     """Loss (), rows (7, N), totals (3,) and dlogits for dloss = 1 (empty unless `with_gradient`): two launches."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
     dtype = _compute_dtype(logits.dtype)
-    config = tile(logits.shape[1], keep=with_gradient)
+    config = tile(logits.shape[1], logits.element_size(), keep=with_gradient)
     programs = triton.cdiv(rows, config["BLOCK_N"])
     buffer = logits.new_empty((7, rows), dtype=dtype)
     partials = logits.new_empty((3, programs), dtype=dtype)
@@ -116,7 +117,8 @@ def loss_and_rows(
     }
     with _device(logits):
         if programs and with_gradient:
-            kernels.fused_kernel[(programs,)](normalizer_ptr=normalizer, dlogits_ptr=dlogits, **arguments)
+            one_block = logits.shape[1] <= config["BLOCK_V"]
+            kernels.fused_kernel[(programs,)](normalizer_ptr=normalizer, dlogits_ptr=dlogits, ONE_BLOCK=one_block, **arguments)
         elif programs:
             kernels.forward_kernel[(programs,)](**arguments)
         kernels.totals_kernel[(1,)](
@@ -151,7 +153,7 @@ def gradient(
     count, classes = logits.shape
     dlogits = logits.new_empty(logits.shape) if out is None else out
     if count and classes:
-        config = tile(classes, keep=False)
+        config = tile(classes, logits.element_size(), keep=False)
         blocks = triton.cdiv(classes, config["BLOCK_V"])
         tiles = triton.cdiv(count, config["BLOCK_N"])
         # A whole row a program, unless that leaves most of a GPU idle.

@@ -24,7 +24,7 @@ EMPHASES = (
 )
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
-# (N, V), each with its reason. Blocks hold 4096 classes, or 8192 to 32768 in the fused kernel.
+# (N, V), each with its reason. Blocks hold 4096 classes; in the fused kernel 16384, or a whole row of up to 64 KiB.
 SHAPES = {
     "no rows": (0, 10),
     "one class": (5, 1),
@@ -37,6 +37,7 @@ SHAPES = {
     "a block": (2, 4096),
     "one more than a block": (2, 4097),
     "three blocks and a rest": (2, 3 * 4096 + 7),
+    "as many as registers hold of 16 bits": (2, 32768),
     "one more than registers hold": (2, 32769),
     "fused kernel, three blocks and a rest": (2, 3 * 16384 + 7),
 }

@@ -13,7 +13,9 @@ from batches import GPU, make
 
 from fused_dm import dm_loss, edf, margin
 
-pytestmark = pytest.mark.skipif(GPU, reason="counts the interpreter's loads and stores; kernels are compiled where there is a GPU")
+pytestmark = pytest.mark.skipif(
+    GPU, reason="counts the interpreter's loads and stores; kernels are compiled where there is a GPU"
+)
 
 DM = edf.DM(beta=8, lambd=0.5)
 # (N, V): one tile of several rows; a block and a rest; a row that stays in registers; three blocks of the fused kernel and a rest
@@ -94,9 +96,14 @@ def test_sum_weight(shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dloss", [1.0, 2.0])
-@pytest.mark.parametrize("options", [{"reduction": "mean"}, {"reduction": "sum", "normalizer": 5.0}], ids=["mean", "normalizer"])
-def test_single_fused_kernel(shape, dloss, options):
-    logits, target = make(*shape)
+@pytest.mark.parametrize(
+    "options", [{"reduction": "mean"}, {"reduction": "sum", "normalizer": 5.0}], ids=["mean", "normalizer"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_single_fused_kernel(shape, dloss, options, dtype):
+    from fused_dm import _triton
+
+    logits, target = make(*shape, dtype)
     leaf = logits.requires_grad_()
     with counted() as traffic:
         loss = dm_loss(leaf, target, DM, impl="triton", **options)
@@ -106,7 +113,8 @@ def test_single_fused_kernel(shape, dloss, options):
         later_loads, later_stores = traffic.take()
     written, rest = times(stores, leaf.grad)
     # The last block stays in registers, so a row of one block is read once.
-    in_registers = shape[1] if shape[1] <= 32768 else shape[1] % 16384
+    block = _triton.tile(shape[1], logits.element_size(), keep=True)["BLOCK_V"]
+    in_registers = shape[1] if shape[1] <= block else shape[1] % block or block
     assert read.sum() == shape[0] * (2 * shape[1] - in_registers + 1)
     assert read.sum() <= 2 * shape[0] * shape[1] + shape[0]
     assert np.array_equal(written, np.ones(shape, int))

@@ -38,6 +38,7 @@ def fused_kernel(
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     UNIT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # V <= BLOCK_V: no loop, which leaves registers for a larger block
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -54,7 +55,7 @@ def fused_kernel(
     row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
     row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
     exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
-    blocks = tl.cdiv(V, BLOCK_V)
+    blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
     for block in range(0, blocks):
         cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
         logits = load_block(logits_ptr, row, stride, cols, V, valid)
