@@ -231,7 +231,7 @@ def dm_loss(
         >>> loss = dm_loss(logits, torch.tensor([0, 1]), edf.DM(beta=8, lambd=0.5))
         >>> loss.backward()
         >>> round(loss.item(), 4)
-        1.3806
+        1.3811
 
     Reference: Wang et al., Derivative Manipulation for General Example Weighting, arXiv 1905.11233, section 3.
     """

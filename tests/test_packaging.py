@@ -1,0 +1,63 @@
+"""The wheel holds the package and its kernels, and works where the source tree is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAM = """
+import sys, torch, fused_dm, fused_dm_kernels
+for module in (fused_dm, fused_dm_kernels):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+logits = torch.randn(8, 5, requires_grad=True)
+for impl in ("cpu", "triton"):
+    fused_dm.dm_loss(logits, torch.arange(8) % 5, "dm:beta=8,lambd=0.5", impl=impl).backward()
+print(fused_dm.__version__, logits.grad.abs().sum().item() > 0)
+"""
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_wheel_works_elsewhere(tmp_path):
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT))
+    (wheel,) = wheels.glob("*.whl")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    assert (site / "fused_dm" / "py.typed").exists()
+    environment = {**os.environ, "PYTHONPATH": str(site), "TRITON_INTERPRET": "1"}
+    out = run(sys.executable, "-W", "error", "-c", PROGRAM, str(site), cwd=tmp_path, env=environment)
+    import fused_dm
+
+    assert out.split() == [fused_dm.__version__, "True"]
+
+
+def test_import_needs_no_triton(tmp_path):
+    """Without triton the CPU implementation and the reference work, and the kernels are refused by name."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find_spec = util.find_spec\n"
+        "util.find_spec = lambda name, package=None: None if name == 'triton' else find_spec(name, package)\n"
+    )
+    program = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, fused_dm\n"
+        "assert fused_dm.available_impls() == ('cpu', 'reference')\n"
+        "logits, target = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, dtype=torch.int64)\n"
+        "for impl in (None, 'cpu', 'reference'):\n"
+        "    fused_dm.dm_loss(logits, target, 'cce', impl=impl).backward()\n"
+        "try:\n"
+        "    fused_dm.dm_loss(logits, target, 'cce', impl='triton')\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
+    out = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    assert out.strip() == "impl='triton': triton is not installed; install it, or pass impl='reference'"
