@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/noisy_labels.py
 
 test: lint $(OTHER_TRITON_PATH)
-	FUSED_DM_OTHER_TRITON=$(abspath $(OTHER_TRITON_PATH)) $(BIN)/python -m pytest
+	FUSED_DM_OTHER_TRITON=$(abspath $(OTHER_TRITON_PATH)) $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -204,7 +204,7 @@ def dm_loss(
         ignore_index: rows with this label have zero gradient and are in neither the value nor D.
         reduction: "sum_weight": D = 1e-8 + sum c w. "mean": D = sum of c over the rows that are not ignored. "sum": D =
             `normalizer`, or 1. "none": the rows, with D = 1. Under "sum_weight" any w is safe; the other reductions
-            overflow where log w is above 88 (709 for fp64 logits).
+            overflow where log w is above 88 (709 for fp64 logits). CCE, MAE and GCE are the published losses under "mean".
         normalizer: D for `reduction="sum"`: a number above 0 or a 0-d tensor. For gradient accumulation and data parallel
             training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
         eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for
@@ -413,5 +413,6 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
 
 def available_impls() -> tuple[str, ...]:
     """The implementations that can be forced by `impl` on this machine, for tensors on a device that suits them."""
-    triton = _validation.has_triton() and (torch.accelerator.is_available() or _validation.interprets())
+    gpu = any(getattr(torch, device).is_available() for device in _validation.TRITON_DEVICES)
+    triton = _validation.has_triton() and (gpu or _validation.interprets())
     return ("triton", "cpu", "reference") if triton else ("cpu", "reference")

@@ -1,7 +1,9 @@
 """The CPU implementation: blocks of whole rows, one label-masked softmax a block."""
 
+import ctypes
 import math
-from collections.abc import Iterator
+import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -11,9 +13,24 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 
 
-def _blocks(rows: int, classes: int) -> Iterator[slice]:
+def _blocks(rows: int, classes: int) -> list[slice]:
     height = max(1, BLOCK_ELEMENTS // max(1, classes), min(rows, torch.get_num_threads()))
-    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
+def _new_gradient(logits: Tensor) -> Tensor:
+    """An empty (N, V) tensor of the logits' dtype, on huge pages where Linux gives them on request.
+
+    A gradient is new memory in every step, and the faults on its pages of 4 KiB cost as much as the computation. The request
+    is a hint, as numpy makes it for its own arrays: where it is not granted, nothing else changes.
+    """
+    out = logits.new_empty(logits.shape)
+    size = out.numel() * out.element_size()
+    if sys.platform == "linux" and size >= 1 << 22:
+        start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
+    return out
 
 
 def _check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
@@ -57,7 +74,7 @@ class _Pass:
 
 
 def _scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    height = next(_blocks(*logits.shape), slice(0, 0)).stop
+    height = max((rows.stop - rows.start for rows in _blocks(*logits.shape)), default=0)
     return logits.new_empty((height, logits.shape[1]), dtype=dtype)
 
 
@@ -75,7 +92,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
 def direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Margins and leads (N,), and the gradient for k = 1, (N, V): exp(z_j - lse), and -1 for the label."""
     walk = _Pass(logits, target, ignore_index)
-    out = logits.new_empty(logits.shape)
+    out = _new_gradient(logits)
     scratch = None if out.dtype == walk.dtype else _scratch(logits, walk.dtype)
     for rows in _blocks(*logits.shape):
         block = out[rows] if scratch is None else scratch[: rows.stop - rows.start]
@@ -89,7 +106,8 @@ def direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor
 def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
     """Multiply each row of `matrix` (N, V) by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
     scratch = None if matrix.dtype == factor.dtype else _scratch(matrix, factor.dtype)
-    for rows in _blocks(*matrix.shape):
+    # Backwards: the blocks written last may still be in the cache.
+    for rows in reversed(_blocks(*matrix.shape)):
         if scratch is None:
             matrix[rows].mul_(factor[rows, None])
         else:
@@ -102,7 +120,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
 def margin_gradient(logits: Tensor, target: Tensor, dmargin: Tensor, ignore_index: int) -> Tensor:
     """dlogits (N, V) for a derivative by the margin (N,), from the logits."""
     walk = _Pass(logits, target, ignore_index)
-    out = logits.new_empty(logits.shape)
+    out = _new_gradient(logits)
     scratch = _scratch(logits, walk.dtype)
     for rows in _blocks(*logits.shape):
         block = scratch[: rows.stop - rows.start]

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
+from matplotlib.text import Text
 from rich.console import Console
 
 from fused_dm import edf
@@ -191,15 +194,51 @@ def test_tables_show_the_results(written, results):
         assert all(cell in line for cell in cells)
 
 
-def test_picture_is_a_png_that_shows_something(written):
-    from matplotlib.image import imread
+@pytest.fixture(scope="module")
+def figure(demo, results):
+    figure = demo.report.make_figure(results)
+    figure.draw_without_rendering()
+    return figure
 
+
+def visible_texts(figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def test_labels_are_moved_apart_and_keep_their_order(demo):
+    assert demo.report.apart([0.8, 0.2, 0.81], [0.1, 0.1, 0.1], top=1) == pytest.approx([0.8, 0.2, 0.9])
+    assert demo.report.apart([0.9, 0.2, 0.91], [0.1, 0.1, 0.2], top=1) == pytest.approx([0.75, 0.2, 0.9])
+
+
+def test_picture_is_written_in_full_size(written):
     path = written[0] / "noisy_labels.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-    picture = imread(path)
-    assert picture.shape[1] >= 1800
-    for panel in np.array_split(picture, 3, axis=1):
-        assert len(np.unique(panel[::4, ::4].reshape(-1, picture.shape[2]), axis=0)) > 50
+    assert imread(path).shape[:2] == (840, 1800)
+
+
+def test_picture_shows_the_results(figure, results):
+    shown = [text.get_text().replace("\n", " ") for text in visible_texts(figure)]
+    for name, method in results["methods"].items():
+        assert f"{name} {100 * method['final_accuracy']['mean']:.1f} %" in shown
+        assert f"{100 * method['memorised']['mean']:.0f} % of wrong labels memorised" in shown
+        assert f"{100 * method['mislabelled_emphasis']['mean']:.0f} %" in shown
+    curves = {tuple(line.get_ydata()) for axes in figure.axes for line in axes.get_lines()}
+    for method in results["methods"].values():
+        assert tuple(method["runs"][0]["test_accuracy"]) in curves
+    widths = {round(bar.get_width(), 6) for bar in figure.axes[-1].patches}
+    for group in ("clean", "mislabelled"):
+        assert {round(method[f"{group}_emphasis"]["mean"], 6) for method in results["methods"].values()} <= widths
+
+
+def test_picture_has_no_text_upon_text_or_beyond_its_edge(figure):
+    boxes = [(text.get_text(), text.get_window_extent()) for text in visible_texts(figure)]
+    for text, box in boxes:
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= figure.bbox.x1, text
+        assert box.y1 <= figure.bbox.y1, text
+    for (text, box), (other, other_box) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other_box), (text, other)
 
 
 def test_options(demo, digits, tmp_path, monkeypatch):

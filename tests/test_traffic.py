@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DM = edf.DM(beta=8, lambd=0.5)
-# (N, V): one tile of several rows; a block and a rest; a row that stays in registers; three blocks of the fused kernel and a rest
+# (N, V): one tile of several rows; part of a block; a block and a rest; what registers hold of 16 bits; three blocks and a rest
 SHAPES = [(70, 10), (3, 1000), (2, 4097), (2, 32768), (2, 3 * 16384 + 7)]
 
 
