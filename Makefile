@@ -20,6 +20,7 @@ demo: $(VENV)/.demo
 
 test: lint $(OTHER_TRITON_PATH)
 	FUSED_DM_OTHER_TRITON=$(abspath $(OTHER_TRITON_PATH)) $(BIN)/python -m pytest -n 2
+	@cat build/compile_table-*.txt
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -233,7 +233,7 @@ def dm_loss(
         >>> round(loss.item(), 4)
         1.3811
 
-    Reference: Wang et al., Derivative Manipulation for General Example Weighting, arXiv 1905.11233, section 3.
+    Reference: Wang et al., Derivative Manipulation for General Example Weighting, arXiv 1905.11233.
     """
     _validation.check_options(reduction, normalizer, eps, label_smoothing)
     density = _validation.check_emphasis(emphasis)

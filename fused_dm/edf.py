@@ -146,7 +146,7 @@ class DM(EDF):
     Raises:
         ValueError: a parameter is not a finite number, or `lambd` is negative.
 
-    Reference: arXiv 1905.11233, equation 6.
+    Reference: arXiv 1905.11233 (the exponential form, "scale" beta and "lambda_p" lambd of its released layer).
     """
 
     beta: float
@@ -172,7 +172,7 @@ class Exponential(EDF):
     Raises:
         ValueError: `beta` is not a finite number.
 
-    Reference: arXiv 1905.11233, section 3.
+    Reference: arXiv 1905.11233.
     """
 
     beta: float
@@ -260,7 +260,7 @@ class GCE(EDF):
     Raises:
         ValueError: `q` is not in (0, 1].
 
-    Reference: Zhang and Sabuncu, arXiv 1805.07836, equation 6.
+    Reference: Zhang and Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, arXiv 1805.07836.
     """
 
     q: float = 0.7
