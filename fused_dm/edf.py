@@ -260,7 +260,8 @@ class GCE(EDF):
     Raises:
         ValueError: `q` is not in (0, 1].
 
-    Reference: Zhang and Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, arXiv 1805.07836.
+    Reference: Zhang and Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, arXiv
+    1805.07836.
     """
 
     q: float = 0.7

@@ -1,9 +1,12 @@
 """The wheel holds the package and its kernels, and works where the source tree is not."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -12,8 +15,10 @@ import sys, torch, fused_dm, fused_dm_kernels
 for module in (fused_dm, fused_dm_kernels):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
 logits = torch.randn(8, 5, requires_grad=True)
-for impl in ("cpu", "triton"):
-    fused_dm.dm_loss(logits, torch.arange(8) % 5, "dm:beta=8,lambd=0.5", impl=impl).backward()
+target = torch.arange(8) % 5
+fused_dm.dm_loss(logits, target, "dm:beta=8,lambd=0.5").backward()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+fused_dm.dm_loss(logits.to(device), target.to(device), "dm:beta=8,lambd=0.5", impl="triton").backward()
 print(fused_dm.__version__, logits.grad.abs().sum().item() > 0)
 """
 
@@ -24,13 +29,14 @@ def run(*command, **options):
     return done.stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="the build backend is not installed here")
 def test_wheel_works_elsewhere(tmp_path):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT))
     (wheel,) = wheels.glob("*.whl")
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
     assert (site / "fused_dm" / "py.typed").exists()
-    environment = {**os.environ, "PYTHONPATH": str(site), "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(site)}
     out = run(sys.executable, "-W", "error", "-c", PROGRAM, str(site), cwd=tmp_path, env=environment)
     import fused_dm
 
