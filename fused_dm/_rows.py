@@ -14,7 +14,7 @@ class RowTerms(NamedTuple):
 
     log_weight: Tensor  # log |c w(p)|
     sign: Tensor  # sign of c
-    unit: Tensor  # sign(c) q / (2 q + eps)
+    unit: Tensor  # sign(c) q / (2 q + eps); 0 where no other class has any probability
     value: Tensor  # c f(p), or -log p where the EDF has no closed form f
 
 
@@ -73,6 +73,7 @@ def row_terms(
             value = value * weight
     norm = 2 * q + eps
     unit = torch.where(eps == 0, torch.full_like(q, 0.5), q / torch.where(norm == 0, 1, norm)) * sign
+    unit = torch.where(margin == math.inf, zero, unit)
     return RowTerms(
         torch.where(valid, log_w, zero - math.inf),
         sign,

@@ -49,8 +49,10 @@ def test_empty_batch(impl, reduction, shape):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
-def test_one_class_has_no_gradient(impl, reduction, emphasis):
-    output, dlogits = run(impl, torch.tensor([[3.0], [-2.0]]), torch.zeros(2, dtype=torch.int64), emphasis, reduction=reduction)
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_one_class_has_no_gradient(impl, reduction, emphasis, eps):
+    logits, target = torch.tensor([[3.0], [-2.0]]), torch.zeros(2, dtype=torch.int64)
+    output, dlogits = run(impl, logits, target, emphasis, reduction=reduction, eps=eps)
     assert torch.equal(dlogits, torch.zeros_like(dlogits))
     assert (output.target_prob == 1).all()
     assert output.correct.all()
@@ -60,7 +62,8 @@ def test_one_class_has_no_gradient(impl, reduction, emphasis):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
-def test_probability_zero_and_one(impl, reduction, emphasis):
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_probability_zero_and_one(impl, reduction, emphasis, eps):
     """p rounds to 0 and to 1, other classes at -inf, all other classes at -inf."""
     logits = torch.tensor(
         [
@@ -71,9 +74,9 @@ def test_probability_zero_and_one(impl, reduction, emphasis):
         ]
     )
     target = torch.zeros(4, dtype=torch.int64)
-    truth = expected(logits, target, emphasis, reduction=reduction)
+    truth = expected(logits, target, emphasis, reduction=reduction, eps=eps)
     assert truth.dlogits.isfinite().all()
-    check(*run(impl, logits, target, emphasis, reduction=reduction), truth)
+    check(*run(impl, logits, target, emphasis, reduction=reduction, eps=eps), truth)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
