@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OTHER_TRITON := 3.6.0
 OTHER_TRITON_PATH := $(VENV)/triton-$(OTHER_TRITON)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint faults bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/noisy_labels.py
@@ -26,6 +26,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.dev
+	$(BIN)/python tests/planted_faults.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.cpu

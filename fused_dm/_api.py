@@ -1,6 +1,5 @@
 """The public functions over logits: `dm_loss`, `DMLoss` and `margin`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,10 +28,7 @@ class DMOutput(NamedTuple):
     correct: Tensor
 
 
-@functools.lru_cache(maxsize=256)
-def _cached_params(values: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float64, device=device)
+_PARAMS: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
 def _traced(values: tuple[float, ...], device: torch.device) -> Tensor:
@@ -44,11 +40,19 @@ def _traced(values: tuple[float, ...], device: torch.device) -> Tensor:
 def _params(values: tuple[float, ...], device: torch.device) -> Tensor:
     """eps and the family's parameters on the device, fp64.
 
-    Cached, as a copy to a GPU would synchronise; but not in traced code, where the cache would hold a traced tensor.
+    Kept, as a copy to a GPU would synchronise; but not where a tracer or a transform makes it a tensor of its own.
     """
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if torch.compiler.is_compiling():
         return _traced(values, device)
-    return _cached_params(values, device)
+    if (values, device) in _PARAMS:
+        return _PARAMS[values, device]
+    with torch.inference_mode(False):
+        params = torch.tensor(values, dtype=torch.float64, device=device)
+    if type(params) is Tensor and not torch._is_functional_tensor(params):
+        if len(_PARAMS) >= 256:
+            _PARAMS.clear()
+        _PARAMS[values, device] = params
+    return params
 
 
 def _normalizer(value: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -114,7 +118,8 @@ def _compute(
     _validation.check_normalizer_device(normalizer, logits)
     impl = _validation.choose_impl(impl, logits)
     rows = _rows_of(logits)
-    labels = target.reshape(-1)
+    # 64-bit: in a narrower dtype a comparison with ignore_index or with V would wrap around.
+    labels = target.reshape(-1).long()
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)
@@ -133,7 +138,7 @@ def _compute(
         )
         received: Received | None = Received(*rest)
     else:
-        if params is None:
+        if params is None or params.device != logits.device:
             values = emphasis.params if isinstance(emphasis, edf.EDF) else ()
             params = _params((eps, *values), logits.device)
         problem = Problem(
@@ -296,6 +301,8 @@ class DMLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         _validation.check_options(reduction, normalizer, eps, label_smoothing)
+        _validation.check_impl(impl)
+        _validation.check_ignore_index(ignore_index)
         self.emphasis = _validation.check_emphasis(emphasis)
         self.eps = _default_eps(self.emphasis, eps)
         self.ignore_index = ignore_index
@@ -314,8 +321,12 @@ class DMLoss(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DMLoss":
         params = self.emphasis_params
         super()._apply(fn, recurse)
-        if self.emphasis_params.dtype != torch.float64:
-            self.emphasis_params = params.to(self.emphasis_params.device)
+        device = self.emphasis_params.device
+        if params.is_meta and device.type != "meta":
+            values = self.emphasis.params if isinstance(self.emphasis, edf.EDF) else ()
+            self.emphasis_params = torch.tensor((self.eps, *values), dtype=torch.float64, device=device)
+        elif self.emphasis_params.dtype != torch.float64:
+            self.emphasis_params = params.to(device)
         return self
 
     def extra_repr(self) -> str:
@@ -401,7 +412,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     """
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
-    rows, labels = _rows_of(logits), target.reshape(-1)
+    rows, labels = _rows_of(logits), target.reshape(-1).long()
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)
     if impl == "reference":

@@ -19,6 +19,10 @@ from ._rows import (
     row_weight,
 )
 
+# Logits whose gradient may be written in the forward pass and is then used up by the backward. fp16 has not the range for a
+# gradient before its scale is known; fp64 is for checking, which runs a backward more than once.
+IN_FORWARD = (torch.float32, torch.bfloat16)
+
 
 class Emphasis(NamedTuple):
     """An EDF as the implementations take it."""
@@ -90,7 +94,7 @@ def _received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor
     valid = _valid(problem)
     prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
     weights = example_weights(log_weight, sign, totals)
-    correct = (lead >= 0) | (margin == torch.inf)
+    correct = ~margin.isnan() & ((lead >= 0) | (margin == torch.inf))
     return Received(weights, prob, totals.sum_weight.clone(), valid & correct)
 
 
@@ -103,7 +107,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     emphasis = problem.emphasis
     backward = needs_gradient(logits)
-    keep = impl == "cpu" and backward and logits.dtype != torch.float16
+    keep = impl == "cpu" and backward and logits.dtype in IN_FORWARD
     if keep:
         margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index)
     else:
@@ -143,7 +147,7 @@ def triton_loss(problem: Problem) -> Result:
         weight = _row_weight(problem)
         normalizer = _normalizer(problem, weight)
     known = problem.reduction == "mean" or problem.normalizer is not None
-    if backward and known and logits.dtype != torch.float16:
+    if backward and known and logits.dtype in IN_FORWARD:
         loss, rows, totals, dlogits = _operators.triton_fused(
             logits.detach(), target, weight, params, normalizer, family, ignore_index
         )

@@ -21,13 +21,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _no_second_backward(ctx) -> None:
+def _only_once(ctx) -> None:
+    """Refuse a second backward, and one that is itself to be differentiated, of an operator whose backward uses up a buffer."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "dm_loss: create_graph=True asks for a second derivative; the gradient is defined, not derived, and has none"
+        )
     if getattr(ctx, "consumed", False):
         raise RuntimeError(
             "dm_loss: the gradient's buffer was used up by the first backward pass; call dm_loss again instead of "
-            "backward(retain_graph=True)"
+            "backward(retain_graph=True), or pass impl='reference'"
         )
     ctx.consumed = True
+
+
+def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
+    """The product, (N,), with 0 for rows that do not count whatever their derivative is."""
+    return torch.where(coefficient == 0, torch.zeros_like(coefficient), coefficient * dvalue)
 
 
 # ---- margin: the differentiable operator over the logits
@@ -92,7 +102,7 @@ def _attach_to_margin_setup(ctx, inputs, output) -> None:
 
 def _attach_to_margin_backward(ctx, dvalue):
     (coefficient,) = ctx.saved_tensors
-    return coefficient * dvalue, None, None
+    return _times(coefficient, dvalue), None, None
 
 
 attach_to_margin.register_autograd(_attach_to_margin_backward, setup_context=_attach_to_margin_setup)
@@ -140,9 +150,9 @@ def _attach_direction_setup(ctx, inputs, output) -> None:
 
 
 def _attach_direction_backward(ctx, dvalue):
-    _no_second_backward(ctx)
+    _only_once(ctx)
     direction, coefficient = ctx.saved_tensors
-    scale_rows_(direction, coefficient * dvalue)
+    scale_rows_(direction, _times(coefficient, dvalue))
     return direction, None, None, None
 
 
@@ -280,7 +290,7 @@ def _attach_gradient_setup(ctx, inputs, output) -> None:
 
 
 def _attach_gradient_backward(ctx, dvalue):
-    _no_second_backward(ctx)
+    _only_once(ctx)
     logits, dlogits, target, rows, totals = ctx.saved_tensors
     triton_rescale_(dlogits, logits, target, rows, totals, dvalue, ctx.ignore_index)
     return dlogits, None, None, None, None, None, None

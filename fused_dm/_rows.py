@@ -85,7 +85,7 @@ def row_terms(
 def row_values(terms: RowTerms, log_scale: Tensor | float, has_loss: bool) -> Tensor:
     """c r(p) exp(-log_scale) of each row, (N,), with 0 for a weight of 0 whatever log p is."""
     if has_loss:
-        return terms.value * torch.exp(-torch.as_tensor(log_scale, dtype=terms.value.dtype))
+        return terms.value * torch.exp(torch.zeros_like(terms.value) - log_scale)
     weight = torch.exp(terms.log_weight - log_scale)
     return torch.where(weight == 0, torch.zeros_like(weight), terms.sign * weight * terms.value)
 

@@ -36,6 +36,18 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
+
+
+def check_impl(impl: str | None) -> None:
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
 def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
@@ -50,6 +62,9 @@ def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -
         )
     if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
+    for name, value in (("logits", logits), ("target", target)):
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
     if logits.dim() < 1:
         raise ValueError("logits: expected shape (V), (N, V) or (N, V, d1, ..., dk), got a 0-d tensor")
     shape = tuple(logits.shape)
@@ -60,8 +75,7 @@ def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -
         raise ValueError(f"logits: expected at least one class, got shape {shape}")
     if target.device != logits.device:
         raise ValueError(f"target: expected device {logits.device}, that of logits, got {target.device}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    check_ignore_index(ignore_index)
 
 
 def check_tensor_or_none(name: str, value: Any) -> None:
@@ -97,16 +111,18 @@ def check_options(reduction: str, normalizer: float | Tensor | None, eps: float 
         if isinstance(normalizer, Tensor):
             if normalizer.dim() != 0:
                 raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+            if normalizer.dtype.is_complex or normalizer.dtype == torch.bool:
+                raise TypeError(f"normalizer: expected a real dtype, got {normalizer.dtype}")
             if normalizer.requires_grad:
                 raise ValueError("normalizer: expected a tensor that does not require grad; it is a constant to autograd")
         elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
             raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
-        elif not (math.isfinite(normalizer) and normalizer > 0):
+        elif not 0 < normalizer < math.inf:  # math.isfinite would break a compiled graph where the number changes
             raise ValueError(f"normalizer: expected a finite number above 0, got {normalizer!r}")
     if eps is not None:
         if isinstance(eps, bool) or not isinstance(eps, (int, float)):
             raise TypeError(f"eps: expected a number or None, got {eps!r}")
-        if not (math.isfinite(eps) and eps >= 0):
+        if not 0 <= eps < math.inf:
             raise ValueError(f"eps: expected a finite number, at least 0, got {eps!r}")
     if label_smoothing != 0:
         raise ValueError(
@@ -138,8 +154,7 @@ def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor
 
 def choose_impl(impl: str | None, logits: Tensor) -> str:
     """The implementation for these logits; a forced one is checked and never replaced."""
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    check_impl(impl)
     device = logits.device.type
     if impl is None:
         impl = "triton" if device in TRITON_DEVICES else "cpu" if device == "cpu" else "reference"

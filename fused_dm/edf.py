@@ -91,7 +91,7 @@ class EDF:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
                 raise ValueError(f"{type(self).__name__}: expected {field.name} to be a finite number, got {value!r}")
             object.__setattr__(self, field.name, float(value))
 
@@ -277,6 +277,12 @@ class GCE(EDF):
 
 
 _NAMES: dict[str, type[EDF]] = {kind.__name__.lower(): kind for kind in (DM, Exponential, Uniform, IMAE, CCE, MAE, GCE)}
+# Parameters by lower-case name, and those without a default. Made here, as compiled code cannot ask a dataclass.
+_FIELDS = {name: {field.name.lower(): field.name for field in dataclasses.fields(kind)} for name, kind in _NAMES.items()}
+_REQUIRED = {
+    name: [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    for name, kind in _NAMES.items()
+}
 
 
 def parse(text: str) -> EDF:
@@ -297,18 +303,18 @@ def parse(text: str) -> EDF:
         near = difflib.get_close_matches(name.strip().lower(), _NAMES, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown EDF {name.strip()!r}{hint} Known: {', '.join(_NAMES)}")
-    fields = {field.name.lower(): field for field in dataclasses.fields(kind)}
+    fields = _FIELDS[name.strip().lower()]
     values: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, _, number = (piece.strip() for piece in part.partition("="))
         field = fields.get(key.lower())
-        if field is None or field.name in values:
-            raise ValueError(f"EDF {text!r}: expected each of ({', '.join(fields)}) at most once, got {part!r}")
+        if field is None or field in values:
+            raise ValueError(f"EDF {text!r}: expected each of ({', '.join(fields.values())}) at most once, got {part!r}")
         try:
-            values[field.name] = float(number)
+            values[field] = float(number)
         except ValueError:
             raise ValueError(f"EDF {text!r}: expected a number for {key}, got {number!r}") from None
-    missing = [field.name for field in fields.values() if field.default is dataclasses.MISSING and field.name not in values]
+    missing = [field for field in _REQUIRED[name.strip().lower()] if field not in values]
     if missing:
         raise ValueError(f"EDF {text!r}: expected a value for {', '.join(missing)}")
     return kind(**values)

@@ -32,7 +32,7 @@ class ReferenceOutput(NamedTuple):
 
 
 class _Defined(torch.autograd.Function):
-    """A value with a gradient that is given."""
+    """A value, () or (N,), with a gradient that is given, (N, V)."""
 
     generate_vmap_rule = True
 
@@ -43,19 +43,41 @@ class _Defined(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         logits, value, gradient = inputs
-        ctx.dtype, ctx.per_row = logits.dtype, value.dim() == 1
-        ctx.save_for_backward(gradient)
+        ctx.per_row = value.dim() == 1
+        ctx.save_for_backward(logits, gradient)
         ctx.save_for_forward(gradient)
 
     @staticmethod
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * dvalue.unsqueeze(-1)).to(ctx.dtype), None, None
+        logits, gradient = ctx.saved_tensors
+        return _Once.apply(logits, gradient, dvalue), None, None
 
     @staticmethod
     def jvp(ctx: Any, dlogits: Tensor, *_: Any) -> Tensor:
         (gradient,) = ctx.saved_tensors
         return (gradient * dlogits).sum(1 if ctx.per_row else None)
+
+
+class _Once(torch.autograd.Function):
+    """The gradient times dvalue, with 0 where the gradient is 0; it has no derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, gradient: Tensor, dvalue: Tensor) -> Tensor:
+        return torch.where(gradient == 0, 0, gradient * dvalue.unsqueeze(-1)).to(logits.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, ddlogits: Tensor) -> None:
+        raise RuntimeError("dm_loss: a second derivative was asked for; the gradient is defined, not derived, and has none")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError("dm_loss: a second derivative was asked for; the gradient is defined, not derived, and has none")
 
 
 def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
@@ -128,8 +150,9 @@ def dm_loss(
     eps = (0.0 if closed_form else 1e-6) if eps is None else eps
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
+    target = target.long()
     valid = target != ignore_index
-    label = torch.where(valid, target.long(), 0)[:, None]
+    label = torch.where(valid, target, 0)[:, None]
     log_p, log_q, w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
     value = closed_form(log_p, log_q).double() if closed_form else torch.where(w == 0, 0, -w * log_p)
 
@@ -156,15 +179,16 @@ def dm_loss(
         example_weight=(cw / divisor).to(z.dtype),
         target_prob=torch.where(valid, log_p.exp(), torch.nan),
         sum_weight=sum_weight,
-        correct=valid & (z.gather(1, label) >= others).all(1),
+        correct=valid & ~log_p.isnan() & (z.gather(1, label) >= others).all(1),
     )
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """z_y - log sum_{j != y} exp(z_j) of rows of logits (N, V), by ordinary autograd; nan for ignored rows."""
     z = logits if logits.dtype == torch.float64 else logits.float()
+    target = target.long()
     valid = target != ignore_index
-    label = torch.where(valid, target.long(), 0)[:, None]
+    label = torch.where(valid, target, 0)[:, None]
     others = z.scatter(1, label, -torch.inf)
     no_other = (others == -torch.inf).all(1)
     lse = torch.logsumexp(torch.where(no_other[:, None], 0, others), 1)

@@ -24,6 +24,7 @@ DM = edf.DM(beta=8, lambd=0.5)
         (LOGITS, TARGET.float(), TypeError, r"target: expected labels of an integer dtype.*probability targets"),
         (LOGITS, LOGITS, TypeError, r"target: expected labels of an integer dtype.*probability targets"),
         (LOGITS, TARGET.bool(), TypeError, r"target: expected an integer dtype, got torch.bool"),
+        (LOGITS.to_sparse(), TARGET, TypeError, r"logits: expected a dense tensor, got torch.sparse_coo"),
         (torch.tensor(1.0), TARGET, ValueError, r"logits: expected shape \(V\).*got a 0-d tensor"),
         (LOGITS, TARGET[:3], ValueError, r"target: expected shape \(4,\) for logits of shape \(4, 5\), got \(3,\)"),
         (LOGITS[0], TARGET, ValueError, r"target: expected shape \(\) for logits of shape \(5,\), got \(4,\)"),
@@ -51,6 +52,7 @@ def test_logits_and_target(logits, target, error, message):
         ({"sample_weight": torch.ones(4, requires_grad=True)}, ValueError, r"sample_weight: expected a tensor that does not"),
         ({"ignore_index": 1.5}, TypeError, r"ignore_index: expected an int, got 1.5"),
         ({"ignore_index": True}, TypeError, r"ignore_index: expected an int, got True"),
+        ({"ignore_index": 2**63}, ValueError, r"ignore_index: expected a 64-bit integer, got 9223372036854775808"),
         ({"reduction": "avg"}, ValueError, r"reduction: expected one of sum_weight, mean, sum, none, got 'avg'"),
         ({"reduction": "mean", "normalizer": 2.0}, ValueError, r'normalizer: expected reduction="sum" with it.*\'mean\''),
         ({"normalizer": 2.0}, ValueError, r'normalizer: expected reduction="sum" with it.*\'sum_weight\''),
@@ -70,6 +72,11 @@ def test_logits_and_target(logits, target, error, message):
             {"reduction": "sum", "normalizer": torch.ones((), requires_grad=True)},
             ValueError,
             r"normalizer: expected a tensor that does not require grad",
+        ),
+        (
+            {"reduction": "sum", "normalizer": torch.tensor(True)},
+            TypeError,
+            r"normalizer: expected a real dtype, got torch.bool",
         ),
         (
             {"reduction": "sum", "normalizer": torch.ones((), device="meta")},

@@ -198,3 +198,31 @@ def test_no_grad_needs_no_gradient(impl):
             output = fused_dm.dm_loss(logits.to(device), target.to(device), DM, impl=impl, return_output=True)
         assert not output.loss.requires_grad
         check(output, None, truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), lambda log_p, log_q: log_q], ids=["dm", "cce", "custom"])
+def test_rows_that_do_not_count_ignore_their_upstream_gradient(impl, dtype, emphasis):
+    logits, target = make(4, 6, dtype)
+    target[1] = -100
+    upstream = torch.tensor([1.0, math.inf, 1.0, math.nan])
+    sample_weight = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    with interpreted_infinities(impl):
+        _, dlogits = run(impl, logits, target, emphasis, upstream, reduction="none", sample_weight=sample_weight)
+    assert (dlogits[[1, 3]] == 0).all()
+    assert (dlogits[[0, 2]].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "row",
+    [[math.nan, 0, 1], [0, math.nan, 1], [math.inf, 0, 0], [0, 0, math.inf], [-math.inf, -math.inf, -math.inf]],
+    ids=str,
+)
+def test_a_row_without_a_value_is_not_correct(impl, row):
+    logits = torch.tensor([row, [1.0, 2.0, 3.0]])
+    with interpreted_infinities(impl):
+        output, _ = run(impl, logits, torch.tensor([2, 2]), DM, reduction="none")
+    assert output.loss.isnan().tolist() == [True, False]
+    assert output.correct.tolist() == [False, True]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import DTYPES, EMPHASES, IMPLEMENTATIONS, SHAPES, make, run
+from batches import DTYPES, EMPHASES, IMPLEMENTATIONS, SHAPES, device_of, make, run
 from tolerance import check, expected
 
 from fused_dm import dm_loss, edf
@@ -85,14 +85,30 @@ def test_eps(impl, eps, emphasis):
         verify(impl, make(17, 40, dtype, margins=30.0), emphasis, eps=eps)
 
 
+TARGET_DTYPES = [
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str
-)
-def test_target_dtypes(impl, dtype):
-    batch = make(9, 100)
-    truth = expected(*batch, DM)
-    check(*run(impl, batch.logits, batch.target.to(dtype), DM), truth)
+@pytest.mark.parametrize("dtype", TARGET_DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+@pytest.mark.parametrize("validate", ["0", "1"])
+def test_target_dtypes(impl, dtype, reduction, validate, monkeypatch):
+    """V and ignore_index may lie outside the labels' dtype, where a comparison would wrap: 156 is -100 in uint8."""
+    monkeypatch.setenv("FUSED_DM_VALIDATE", validate)
+    logits, _ = make(6, 300)
+    target = torch.tensor([0, 3, 100, 127, 5, 7] if dtype == torch.int8 else [0, 3, 156, 255, 5, 7])
+    options = {"reduction": reduction, "weight": torch.linspace(0.5, 2, 300)}
+    truth = expected(logits, target, DM, **options)
+    check(*run(impl, logits, target.to(dtype), DM, **options), truth)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -103,19 +119,37 @@ def test_ignore_index_may_be_a_class(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
-def test_rows_and_classes_may_be_strided(impl, reduction):
+@pytest.mark.parametrize("layout", ["aligned rows", "odd rows", "columns first", "every other class"])
+def test_rows_and_classes_may_be_strided(impl, reduction, layout):
     logits, target = make(20, 48)
-    wide = torch.zeros(20, 64)
-    wide[:, 8:56] = logits
-    by_column = logits.t().contiguous().t()
-    for strided in (wide[:, 8:56], by_column):
-        truth = expected(logits, target, DM, reduction=reduction)
-        leaf = strided.detach().requires_grad_()
-        output = dm_loss(leaf, target, DM, reduction=reduction, return_output=True, impl=impl if impl != "triton" else None)
-        (dlogits,) = torch.autograd.grad(output.loss.sum(), leaf)
-        check(output, dlogits, truth)
-    output, dlogits = run(impl, wide[:, 8:56], target, DM, reduction=reduction)
-    check(output, dlogits, truth)
+    device = device_of(impl)
+    wide = torch.zeros(20, 128, device=device)
+    if layout == "columns first":
+        strided = logits.to(device).t().contiguous().t()
+    else:
+        views = {"aligned rows": wide[:, 8:56], "odd rows": wide[:, :127][:, 3:51], "every other class": wide[:, ::2][:, :48]}
+        strided = views[layout]
+        strided.copy_(logits)
+    leaf = strided.detach().requires_grad_()
+    assert leaf.stride() != logits.stride()
+    output = dm_loss(leaf, target.to(device), DM, reduction=reduction, return_output=True, impl=impl)
+    (dlogits,) = torch.autograd.grad(output.loss.sum(), leaf)
+    check(output, dlogits, expected(logits, target, DM, reduction=reduction))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+def test_rows_further_apart_than_32_bits_reach(impl, reduction):
+    """Two rows 2^31 elements apart, as the last position of a batch of sequences over a large vocabulary may have them."""
+    # Memory that is not touched takes no place.
+    buffer = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device_of(impl))
+    logits, target = make(2, 16, torch.bfloat16)
+    rows = buffer.as_strided((2, 16), (2**31, 1))
+    rows.copy_(logits)
+    leaf = rows.detach().requires_grad_()
+    output = dm_loss(leaf, target.to(leaf.device), DM, reduction=reduction, return_output=True, impl=impl)
+    (dlogits,) = torch.autograd.grad(output.loss, leaf)
+    check(output, dlogits, expected(logits, target, DM, reduction=reduction))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -209,6 +209,7 @@ def test_second_backward_is_right_or_a_clear_error(impl, reduction):
     loss = dm_loss(leaf, target.to(leaf.device), DM, reduction=reduction, impl=impl).sum()
     loss.backward(retain_graph=True)
     first, leaf.grad = leaf.grad.clone(), None
+    # fp64 keeps nothing in the forward pass: see test_gradient_of_a_closed_form_is_its_derivative.
     consumes = impl == "cpu" or reduction == "mean"
     if consumes:
         with pytest.raises(RuntimeError, match="buffer was used up by the first backward pass"):
@@ -218,15 +219,34 @@ def test_second_backward_is_right_or_a_clear_error(impl, reduction):
         assert torch.equal(first, leaf.grad)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
-def test_double_backward_is_an_error(impl, reduction):
-    leaf = make(6, 9).logits.to(device_of(impl)).requires_grad_()
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_double_backward_is_an_error(impl, reduction, dtype):
+    leaf = make(6, 9, dtype).logits.to(device_of(impl)).requires_grad_()
     target = torch.arange(6, device=leaf.device)
-    loss = dm_loss(leaf, target, DM, reduction=reduction, impl=impl)
-    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fused_dm|does not require grad"):
-        gradient.sum().backward()
+
+    def penalty():
+        loss = dm_loss(leaf, target, DM, reduction=reduction, impl=impl)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+        # The other term has a derivative: without an error, that of the penalty would be missing and unmissed.
+        (leaf.square().sum() + gradient.square().sum()).backward()
+
+    with pytest.raises(RuntimeError, match=r"fused_dm|second derivative"):
+        penalty()
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("emphasis", [edf.CCE(), edf.MAE(), edf.GCE(q=0.7)], ids=str)
+def test_gradient_of_a_closed_form_is_its_derivative(impl, reduction, emphasis):
+    logits, target = make(4, 5, torch.float64, margins=3.0, ignored=0.2)
+    target = target.to(device_of(impl))
+
+    def loss(z):
+        return dm_loss(z, target, emphasis, reduction=reduction, impl=impl)
+
+    assert torch.autograd.gradcheck(loss, logits.to(device_of(impl)).requires_grad_(), nondet_tol=0.0)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -251,6 +271,56 @@ def test_parameters_stay_fp64_when_the_module_is_cast():
     assert criterion.weight.dtype == torch.bfloat16
     assert criterion.emphasis_params.tolist() == [0.0, 0.6]
     assert criterion.half().double().emphasis_params.tolist() == [0.0, 0.6]
+
+
+def test_module_made_on_meta():
+    with torch.device("meta"):
+        criterion = DMLoss("dm:beta=8,lambd=0.5")
+    assert criterion.to_empty(device="cpu").emphasis_params.tolist() == [1e-6, 8.0, 0.5]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "none"])
+@pytest.mark.parametrize("emphasis", [DM, edf.GCE(q=0.51)], ids=str)
+def test_default_device_does_not_matter(impl, reduction, emphasis):
+    logits, target = make(6, 9)
+    output, dlogits = run(impl, logits, target, emphasis, reduction=reduction)
+    device = device_of(impl)
+    leaf, labels = logits.to(device, copy=True).requires_grad_(), target.to(device)
+    with torch.device("meta"):
+        loss = dm_loss(leaf, labels, emphasis, reduction=reduction, impl=impl)
+        loss.sum().backward()
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(leaf.grad, dlogits)
+
+
+def test_a_transform_leaves_nothing_behind():
+    logits, target = make(6, 9)
+    emphasis = edf.GCE(q=0.123)
+    torch.func.functionalize(lambda z: dm_loss(z, target, emphasis))(logits)
+    check(*run("cpu", logits, target, emphasis), expected(logits, target, emphasis))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_names_normalizers_and_edfs_in_compiled_code(impl):
+    device = device_of(impl)
+    logits, target = (tensor.to(device) for tensor in make(12, 30))
+    counter = compiled_counter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def by_number(normalizer, beta):
+        options = {"reduction": "sum", "normalizer": normalizer, "impl": impl}
+        return dm_loss(logits, target, "gce:q=0.6", **options) + dm_loss(
+            logits, target, edf.DM(beta=beta, lambd=0.5), **options
+        )
+
+    for normalizer, beta in ((64.0, 1.0), (60.5, 2.5), (59.0, 3.0), (33.5, 7.5)):
+        options = {"reduction": "sum", "normalizer": normalizer, "impl": impl}
+        eager = dm_loss(logits, target, edf.GCE(q=0.6), **options)
+        eager = eager + dm_loss(logits, target, edf.DM(beta=beta, lambd=0.5), **options)
+        assert torch.equal(by_number(normalizer, beta), eager)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")

@@ -18,18 +18,18 @@ from .rows import (
 
 
 @triton.jit
-def row_statistics(logits_ptr, row, row_stride, target, V, active, dtype, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+def row_statistics(logits_ptr, row_start, target, V, active, dtype, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Maximum and sum of exp(z - max) over the classes other than the label, in one pass."""
     row_max = tl.full([BLOCK_N], -INF, dtype)
     row_sum = tl.zeros([BLOCK_N], dtype)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row, row_stride, cols, V, active)
+        logits = load_block(logits_ptr, row_start, cols, V, active)
         row_max, row_sum, _ = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     return row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def margin_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
@@ -45,19 +45,20 @@ def margin_kernel(
 ):
     """A program owns BLOCK_N rows and writes their margin and statistics; an ignored row has margin nan."""
     V *= UNIT
-    stride = logits_row_stride * UNIT
     row, exists, target, valid = own_rows(tl.program_id(0), target_ptr, N, ignore_index, BLOCK_N)
-    label_logit = load_label(logits_ptr, row, stride, target, V, valid)
+    # 64-bit from the row on: a stride alone may be 2^31 elements.
+    row_start = row * logits_row_stride * UNIT
+    label_logit = load_label(logits_ptr, row_start, target, V, valid)
     dtype: tl.constexpr = label_logit.dtype
-    row_max, row_sum = row_statistics(logits_ptr, row, stride, target, V, valid, dtype, BLOCK_N, BLOCK_V)
+    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, BLOCK_N, BLOCK_V)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     tl.store(rows_ptr + row, row_max, mask=exists)
     tl.store(rows_ptr + row + N, row_sum, mask=exists)
-    tl.store(rows_ptr + row + 2 * N, lead, mask=exists)
+    tl.store(rows_ptr + row + 2 * N.to(tl.int64), lead, mask=exists)
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def forward_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
@@ -77,12 +78,12 @@ def forward_kernel(
 ):
     """A program owns BLOCK_N rows and writes their numbers and its share of the batch sums."""
     V *= UNIT
-    stride = logits_row_stride * UNIT
     tile = tl.program_id(0)
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
-    label_logit = load_label(logits_ptr, row, stride, target, V, valid)
+    row_start = row * logits_row_stride * UNIT
+    label_logit = load_label(logits_ptr, row_start, target, V, valid)
     dtype: tl.constexpr = label_logit.dtype
-    row_max, row_sum = row_statistics(logits_ptr, row, stride, target, V, valid, dtype, BLOCK_N, BLOCK_V)
+    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, BLOCK_N, BLOCK_V)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
     store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)

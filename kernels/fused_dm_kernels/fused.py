@@ -21,7 +21,7 @@ from .rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def fused_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
@@ -48,17 +48,17 @@ def fused_kernel(
     used first. A row of at most BLOCK_V classes is read once.
     """
     V *= UNIT
-    stride = logits_row_stride * UNIT
     tile = tl.program_id(0)
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
-    label_logit = load_label(logits_ptr, row, stride, target, V, valid)
+    row_start = row * logits_row_stride * UNIT
+    label_logit = load_label(logits_ptr, row_start, target, V, valid)
     row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
     row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
     exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
     for block in range(0, blocks):
         cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row, stride, cols, V, valid)
+        logits = load_block(logits_ptr, row_start, cols, V, valid)
         row_max, row_sum, exps = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
@@ -72,6 +72,6 @@ def fused_kernel(
     base = tl.where(active, finite_max(row_max), 0.0)
     for done in range(1, blocks):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
-        others = other_classes(load_block(logits_ptr, row, stride, again, V, active), again, target)
+        others = other_classes(load_block(logits_ptr, row_start, again, V, active), again, target)
         gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum)
         store_block(dlogits_ptr, row, again, gradient, V, exists)

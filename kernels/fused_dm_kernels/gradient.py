@@ -7,7 +7,7 @@ from .numerics import exp
 from .rows import coefficient, finite_max, gradient_of, load_block, other_classes, own_rows, store_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gradient_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
@@ -28,12 +28,12 @@ def gradient_kernel(
 ):
     """A program owns BLOCK_N rows by SPAN columns of dlogits; with SKIP_ONE it writes nothing where dloss is 1."""
     V *= UNIT
-    stride = logits_row_stride * UNIT
     spans = tl.cdiv(V, SPAN)
     tile = tl.program_id(0) // spans
     begin = (tl.program_id(0) % spans) * SPAN
     end = tl.minimum(begin + SPAN, V)
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
+    row_start = row * logits_row_stride * UNIT
     row_max = tl.load(rows_ptr + row, mask=exists, other=0.0)
     row_sum = tl.load(rows_ptr + row + N, mask=exists, other=0.0)
     dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
@@ -42,8 +42,8 @@ def gradient_kernel(
     if totals_ptr is None:
         k = tl.where(valid & (row_sum != 0.0), -dloss, 0.0)
     else:
-        log_weight = tl.load(rows_ptr + row + 3 * N, mask=exists, other=0.0)
-        unit = tl.load(rows_ptr + row + 4 * N, mask=exists, other=0.0)
+        log_weight = tl.load(rows_ptr + row + 3 * N.to(tl.int64), mask=exists, other=0.0)
+        unit = tl.load(rows_ptr + row + 4 * N.to(tl.int64), mask=exists, other=0.0)
         log_scale = tl.load(totals_ptr).to(row_sum.dtype)
         divisor = tl.load(totals_ptr + 1).to(row_sum.dtype)
         k = coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor)
@@ -51,6 +51,6 @@ def gradient_kernel(
     base = tl.where(active, finite_max(row_max), 0.0)
     for start in range(begin, end, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row, stride, cols, V, active)
+        logits = load_block(logits_ptr, row_start, cols, V, active)
         exps = exp(other_classes(logits, cols, target) - base[:, None])
         store_block(dlogits_ptr, row, cols, gradient_of(exps, cols, target, k, row_sum), V, exists)

@@ -20,10 +20,10 @@ def own_rows(tile, target_ptr, N, ignore_index, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_block(logits_ptr, row, row_stride, cols, V, active):
+def load_block(logits_ptr, row_start, cols, V, active):
     """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside."""
     inside = active[:, None] & (cols < V)[None, :]
-    logits = tl.load(logits_ptr + row[:, None] * row_stride + cols[None, :], mask=inside, other=-INF)
+    logits = tl.load(logits_ptr + row_start[:, None] + cols[None, :], mask=inside, other=-INF)
     if logits.dtype == tl.float64:
         return logits
     else:
@@ -31,10 +31,10 @@ def load_block(logits_ptr, row, row_stride, cols, V, active):
 
 
 @triton.jit
-def load_label(logits_ptr, row, row_stride, target, V, active):
+def load_label(logits_ptr, row_start, target, V, active):
     """z_y of the active rows; nan where it is +inf or the label is not a class, so that neither can pass unseen."""
     is_class = (target >= 0) & (target < V)
-    logit = tl.load(logits_ptr + row * row_stride + target, mask=active & is_class, other=0.0)
+    logit = tl.load(logits_ptr + row_start + target, mask=active & is_class, other=0.0)
     if logit.dtype != tl.float64:
         logit = logit.to(tl.float32)
     return tl.where((active & ~is_class) | (logit == INF), float("nan"), logit)
@@ -103,6 +103,7 @@ def row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT: tl.constex
 @triton.jit
 def store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value):
     """Write a row's seven numbers into the (7, N) buffer."""
+    N = N.to(tl.int64)
     tl.store(rows_ptr + row, row_max, mask=exists)
     tl.store(rows_ptr + row + N, row_sum, mask=exists)
     tl.store(rows_ptr + row + 2 * N, lead, mask=exists)
@@ -130,9 +131,12 @@ def store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS: tl.
 
 @triton.jit
 def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
-    """k = dloss unit exp(log |c w| - log_scale) / divisor; 0 where no other class has any probability."""
+    """k = dloss unit exp(log |c w| - log_scale) / divisor; 0 where no other class has any probability.
+
+    A row that does not count (unit 0) has 0 whatever dloss is.
+    """
     k = dloss * unit * exp(log_weight - log_scale) / divisor
-    return tl.where(row_sum == 0.0, 0.0, k)
+    return tl.where((row_sum == 0.0) | (unit == 0.0), 0.0, k)
 
 
 @triton.jit

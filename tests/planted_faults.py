@@ -1,0 +1,157 @@
+"""Break the implementation in one place at a time and see which test notices: `make faults`.
+
+Each fault replaces one line in a copy of the project; the tests run on the copy until one fails. A fault that no test notices
+is printed as such, and the exit status is 1. Slow: not a part of `make test`.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+KERNELS = "kernels/fused_dm_kernels"
+
+
+class Fault(NamedTuple):
+    """In `path`, the only occurrence of `right` becomes `wrong`."""
+
+    name: str
+    path: str
+    right: str
+    wrong: str
+
+
+FAULTS = [
+    # Kernels: masks, tails, offsets
+    Fault("tail of a row not masked in the load", f"{KERNELS}/rows.py", "inside = active[:, None] & (cols < V)[None, :]\n    logits", "inside = active[:, None] & (cols < V + 1)[None, :]\n    logits"),
+    Fault("last class dropped in the load", f"{KERNELS}/rows.py", "inside = active[:, None] & (cols < V)[None, :]\n    logits", "inside = active[:, None] & (cols < V - 1)[None, :]\n    logits"),
+    Fault("last class not written", f"{KERNELS}/rows.py", "inside = exists[:, None] & (cols < V)[None, :]\n    gradient", "inside = exists[:, None] & (cols < V - 1)[None, :]\n    gradient"),
+    Fault("last block not scanned", f"{KERNELS}/forward.py", "for start in range(0, V, BLOCK_V):", "for start in range(0, V - BLOCK_V + 1, BLOCK_V):"),
+    Fault("gradient's last block dropped", f"{KERNELS}/gradient.py", "for start in range(begin, end, BLOCK_V):", "for start in range(begin, end - BLOCK_V + 1, BLOCK_V):"),
+    Fault("gradient's spans start at 0", f"{KERNELS}/gradient.py", "begin = (tl.program_id(0) % spans) * SPAN", "begin = (tl.program_id(0) % spans) * 0"),
+    Fault("fused kernel skips its first block", f"{KERNELS}/fused.py", "for done in range(1, blocks):", "for done in range(1, blocks - 1):"),
+    Fault("fused kernel reads the wrong block again", f"{KERNELS}/fused.py", "again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)", "again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V) * 0"),
+    Fault("row stride taken for V", f"{KERNELS}/fused.py", "row_start = row * logits_row_stride * UNIT", "row_start = row * V"),
+    Fault("row stride not in units", f"{KERNELS}/gradient.py", "row_start = row * logits_row_stride * UNIT", "row_start = row * logits_row_stride"),
+    Fault("row offsets of 32 bits", f"{KERNELS}/fused.py", "row_start = row * logits_row_stride * UNIT", "row_start = row.to(tl.int32) * (logits_row_stride * UNIT)"),
+    Fault("one row too many", f"{KERNELS}/rows.py", "exists = row < N", "exists = row < N - 1"),
+    Fault("rows a program", f"{KERNELS}/rows.py", "row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)", "row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N) // 2 * 2"),
+    # Kernels: statistics
+    Fault("inclusive logsumexp", f"{KERNELS}/rows.py", "return tl.where(cols[None, :] == target[:, None], -INF, logits)", "return logits"),
+    Fault("label one off in the gradient", f"{KERNELS}/rows.py", "return tl.where(cols[None, :] == target[:, None], -k[:, None], exps * share[:, None])", "return tl.where(cols[None, :] == target[:, None] + 1, -k[:, None], exps * share[:, None])"),
+    Fault("maximum not carried", f"{KERNELS}/rows.py", "new_max = tl.maximum(row_max, tl.max(others, 1))", "new_max = tl.max(others, 1)"),
+    Fault("sum not rescaled", f"{KERNELS}/rows.py", "row_sum * exp(row_max - base) + tl.sum(exps, 1)", "row_sum + tl.sum(exps, 1)"),
+    Fault("sum rounded to 16 bits", f"{KERNELS}/rows.py", "+ tl.sum(exps, 1), exps", "+ tl.sum(exps, 1).to(tl.float16).to(exps.dtype), exps"),
+    Fault("log1p cut to three terms", f"{KERNELS}/numerics.py", "else 6", "else 3"),
+    Fault("log1p as log(1 + u)", f"{KERNELS}/numerics.py", "    return 2.0 * s * series", "    return tl.log(1.0 + u)"),
+    Fault("q as 1 - p", f"{KERNELS}/numerics.py", "q = tl.where(margin > 0, u * larger, larger)", "q = 1.0 - tl.where(margin > 0, larger, u * larger)"),
+    # Kernels: weights, value, coefficient
+    Fault("label +inf passes", f"{KERNELS}/rows.py", "(active & ~is_class) | (logit == INF)", "(active & ~is_class)"),
+    Fault("label that is no class passes", f"{KERNELS}/rows.py", "tl.where((active & ~is_class) | (logit == INF), float(\"nan\"), logit)", "tl.where(logit == INF, float(\"nan\"), logit)"),
+    Fault("nan of a row lost in its weight", f"{KERNELS}/rows.py", "log_weight = tl.where(margin == margin, log_weight, margin)", "log_weight = log_weight"),
+    Fault("row weight applied twice", f"{KERNELS}/rows.py", "log_weight += tl.log(", "log_weight += 2 * tl.log("),
+    Fault("sign of a weight lost", f"{KERNELS}/rows.py", "tl.where(weight < 0.0, -1.0, 0.0)", "tl.where(weight < 0.0, 1.0, 0.0)"),
+    Fault("value not weighted", f"{KERNELS}/rows.py", "            value *= weight\n", "            value *= 1.0\n"),
+    Fault("ignored rows in the sum of weights", f"{KERNELS}/rows.py", "return tl.where(valid, log_weight, -INF), sign,", "return log_weight, tl.where(valid, sign, 1.0),"),
+    Fault("eps = 0 as a quotient", f"{KERNELS}/rows.py", "unit = tl.where(eps == 0.0, 0.5, q / tl.where(norm == 0.0, 1.0, norm))", "unit = q / tl.where(norm == 0.0, 1.0, norm)"),
+    Fault("eps ignored", f"{KERNELS}/rows.py", "norm = 2.0 * q + eps", "norm = 2.0 * q"),
+    Fault("gradient not divided by the sum of exponentials", f"{KERNELS}/rows.py", "share = k / tl.where(k == 0.0, 1.0, row_sum)", "share = k"),
+    Fault("dloss ignored", f"{KERNELS}/rows.py", "k = dloss * unit *", "k = 1.0 * unit *"),
+    Fault("dloss of row 0 for every row", f"{KERNELS}/gradient.py", "dloss_ptr + row * dloss_stride", "dloss_ptr + row * 0"),
+    Fault("gradient for dloss = 1 kept for any dloss", f"{KERNELS}/gradient.py", "== 1.0, begin, end)", "== tl.load(dloss_ptr), begin, end)"),
+    Fault("divisor ignored", f"{KERNELS}/rows.py", "exp(log_weight - log_scale) / divisor", "exp(log_weight - log_scale)"),
+    Fault("all zeros", f"{KERNELS}/rows.py", "gradient = gradient.to(dlogits_ptr.dtype.element_ty)", "gradient = (gradient * 0).to(dlogits_ptr.dtype.element_ty)"),
+    Fault("1e-8 missing in the sum of weights", f"{KERNELS}/reduction.py", "relative_sum = tl.sum(weights, 0) + tl.exp(floor.to(tl.float64) - top)", "relative_sum = tl.sum(weights, 0)"),
+    Fault("last block of partial sums dropped", f"{KERNELS}/reduction.py", "inside = at < P", "inside = at < P - 1"),
+    Fault("partial sums of a program unscaled", f"{KERNELS}/rows.py", "weight = exp(log_weight - finite_max(top))", "weight = exp(log_weight)"),
+    Fault("beta and lambd swapped", f"{KERNELS}/densities.py", "return beta * exp(lambd * log_p + log_q)", "return lambd * exp(beta * log_p + log_q)"),
+    Fault("parameters in fp32", "fused_dm/_api.py", "        params = torch.tensor(values, dtype=torch.float64, device=device)", "        params = torch.tensor(values, dtype=torch.float32, device=device).double()"),
+    # CPU
+    Fault("CPU: label not masked", "fused_dm/_cpu.py", "out.scatter_(1, self.label[rows], -math.inf)", "out"),
+    Fault("CPU: last row of a block dropped", "fused_dm/_cpu.py", "min(start + height, rows))", "min(start + height, rows) - (start > 0))"),
+    Fault("CPU: row sum inverted", "fused_dm/_cpu.py", "out.amax(1).reciprocal()", "out.amax(1)"),
+    Fault("CPU: label's gradient missing", "fused_dm/_cpu.py", "block.scatter_(1, walk.label[rows], -1.0)", "block"),
+    Fault("CPU: label's gradient of fp16 with the wrong sign", "fused_dm/_cpu.py", "walk.label[rows], -factor[:, None])", "walk.label[rows], factor[:, None])"),
+    Fault("CPU: factor rounded to the storage", "fused_dm/_cpu.py", ".mul_(factor[rows, None])\n    zero", ".mul_(factor[rows, None].to(matrix.dtype))\n    zero"),
+    Fault("CPU: rows with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.index_fill_(0, zero, 0.0)", "        pass"),
+    Fault("CPU: scaled by the first row's factor", "fused_dm/_cpu.py", "matrix[rows].mul_(factor[rows, None])", "matrix[rows].mul_(factor[0])"),
+    Fault("CPU: labels unchecked", "fused_dm/_cpu.py", "    if wrong.any():", "    if False:"),
+    # Order N
+    Fault("rows: ignored rows counted by mean", "fused_dm/_rows.py", "return valid.sum().clamp(min=1).double()", "return torch.ones_like(valid).sum().clamp(min=1).double()"),
+    Fault("rows: mean divides by the number of weights", "fused_dm/_rows.py", "total.sum(), torch.ones_like", "(total != 0).double().sum(), torch.ones_like"),
+    Fault("rows: class weight of the wrong class", "fused_dm/_rows.py", "[torch.where(is_class, target, torch.zeros_like(target))]", "[torch.where(is_class, target - 1, torch.zeros_like(target))]"),
+    Fault("rows: sample weight replaces class weight", "fused_dm/_rows.py", "combined * sample_weight.to(dtype)", "sample_weight.to(dtype)"),
+    Fault("rows: 1e-8 missing", "fused_dm/_rows.py", "relative = relative + torch.exp(floor[0].double() - top.double())", "relative = relative + 0"),
+    Fault("rows: eps ignored", "fused_dm/_rows.py", "norm = 2 * q + eps", "norm = 2 * q"),
+    Fault("rows: weight in linear scale", "fused_dm/_rows.py", "return terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)", "return terms.unit * torch.exp(terms.log_weight) / (totals.divisor * torch.exp(totals.log_scale)).to(terms.unit.dtype)"),
+    Fault("rows: gradient without another class", "fused_dm/_rows.py", "unit = torch.where(margin == math.inf, zero, unit)", "unit = unit"),
+    Fault("rows: value of weight 0 at p = 0", "fused_dm/_rows.py", "return torch.where(weight == 0, torch.zeros_like(weight), terms.sign * weight * terms.value)", "return terms.sign * weight * terms.value"),
+    Fault("rows: example_weight without its sign", "fused_dm/_rows.py", "scaled = sign * torch.exp(", "scaled = sign.abs() * torch.exp("),
+    # Operators and the public functions
+    Fault("operators: margin's gradient with the wrong sign", "fused_dm/_loss.py", "attach_to_margin(margin, loss, -coefficient)", "attach_to_margin(margin, loss, coefficient)"),
+    Fault("operators: a second derivative is silently 0", "fused_dm/_operators.py", "    if torch.is_grad_enabled():", "    if False:"),
+    Fault("labels compared in their own dtype", "fused_dm/_api.py", "    labels = target.reshape(-1).long()\n    row_weight", "    labels = target.reshape(-1)\n    row_weight"),
+    Fault("operators: a second backward on a used buffer", "fused_dm/_operators.py", "    ctx.consumed = True", "    ctx.consumed = False"),
+    Fault("operators: dvalue of a custom EDF ignored", "fused_dm/_operators.py", "return _times(coefficient, dvalue), None, None", "return coefficient, None, None"),
+    Fault("module: the schedule does not arrive", "fused_dm/_api.py", "self.emphasis_params.copy_(torch.tensor((self.eps, *density.params), dtype=torch.float64))", "pass"),
+    Fault("module: parameters cast with the module", "fused_dm/_api.py", "self.emphasis_params = params.to(device)", "pass"),
+    Fault("spatial: classes not moved last", "fused_dm/_api.py", "logits.movedim(1, -1).reshape(-1, logits.shape[1])", "logits.reshape(-1, logits.shape[1])"),
+]  # fmt: skip
+
+# Quickest first; the slow ones about compilers, packaging and training notice nothing here.
+TESTS = ["test_edges", "test_reference", "test_margin", "test_loss", "test_traffic", "test_operators", "test_arguments"]
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    for part in ("fused_dm", "kernels", "tests", "pyproject.toml"):
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / part)
+    path = folder / fault.path
+    text = path.read_text()
+    if text.count(fault.right) != 1:
+        raise ValueError(f"{fault.name}: expected one occurrence in {fault.path}, got {text.count(fault.right)}")
+    path.write_text(text.replace(fault.right, fault.wrong))
+
+
+def catcher(fault: Fault) -> str | None:
+    """The first test that fails with the fault in place."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plant(fault, folder)
+        environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+        command += [f"tests/{test}.py" for test in TESTS]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+        if done.returncode == 0:
+            return None
+        return failed[1] if failed else done.stdout[-300:] + done.stderr[-300:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    faults = [fault for fault in FAULTS if arguments.only in fault.name]
+    missed = 0
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        for fault, test in zip(faults, pool.map(catcher, faults), strict=True):
+            missed += test is None
+            print(f"| {fault.name} | {test or 'NOT NOTICED'} |", flush=True)
+    print(f"{len(faults)} faults, {len(faults) - missed} noticed, {missed} not noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
