@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from batches import DTYPES, IMPLEMENTATIONS, SHAPES, device_of, make
-from tolerance import BASE, compare, compute_dtype, span_of
+from tolerance import BASE, compare, compute_dtype, depths
 
 from fused_dm import margin, reference
 
@@ -28,8 +28,9 @@ def test_value_and_gradient(impl, dtype, shape):
     margins = margin(leaf, target.to(leaf.device), impl=impl)
     margins.backward(torch.where(exact.isnan(), 0, dmargin).to(margins))
     u = torch.finfo(compute_dtype(dtype)).eps
-    compare("margin", margins, exact, (BASE + 2 * span_of(logits) + exact.abs().nan_to_num(0, 0, 0)) * u)
-    rtol = torch.finfo(dtype).eps + (BASE + 2 * span_of(logits))[:, None] * u
+    each, mean, reach = depths(logits, target)
+    compare("margin", margins, exact, (BASE + 2 * reach) * u)
+    rtol = torch.finfo(dtype).eps + (BASE + 2 * mean[:, None] + 2 * each) * u
     tiny = max(torch.finfo(torch.float32).tiny, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     compare("dlogits", leaf.grad, gradient, rtol * gradient.abs() + tiny)
 

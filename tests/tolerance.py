@@ -3,13 +3,14 @@
 Truth is the reference in fp64 on the same, already rounded inputs. A result may differ from it, element by element, by
 `rtol |exact| + atol`. The relative part is first-order rounding analysis in units of u = eps(compute dtype):
 
-- exp(z_j - max): the argument is rounded, an absolute error of u |z_j - max|, hence a relative error of at most `span` u,
-  where span = max - min over the row's finite logits. The sum of such terms has the same relative error, and its log an
-  absolute one of span u + log(V) u. So the margin, z_y - max - log sum, has an absolute error of 2 (span + log V) u.
-- p, q, -log p and every closed form f here have a relative error of at most that of the margin, because
-  |d log f / d margin| <= 1.
-- log w has the margin's error times |d log w / d margin|, and its own rounding: the EDF's arithmetic is a handful of
-  operations on numbers up to |log w|, allowed 4 |log w| u. A row's weight c adds |log c|.
+- exp(z_j - max): the argument is rounded, an absolute error of u |z_j - max|, hence a relative error of `2 depth_j` u, where
+  depth_j = |z_j - max| and max is over the classes other than the label. Their sum has the mean of these errors, each class
+  by its share of the sum: `2 depth` u, which is small however low a masked logit is.
+- the margin, z_y - max - log sum, has an absolute error of `2 reach` u, where reach = |z_y - max| + depth + log V.
+- p and q have the margin's error as a relative one, as |d log p / d margin| <= 1. A function f of the margin has it times
+  |d log f / d margin|, which is evaluated: for the reported value, for w, and for q / (2 q + eps).
+- log w has its own rounding: the EDF's arithmetic is a handful of operations on numbers up to |log w|, allowed 4 |log w| u. A
+  row's weight c adds |log c|.
 - the sum of weights, to which 1e-8 belongs, has the weighted mean of its terms' errors, sum |c w| error / |S|, which grows
   where weights of different signs cancel; a sum of values likewise.
 - what remains, products, quotients, hardware exp2 and the sum over a block, is allowed 8 u.
@@ -50,23 +51,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _log_weight(emphasis: Any, margin: Tensor) -> tuple[Tensor, Tensor]:
-    """log w and |d log w / d margin| of the rows."""
+def _slope(function: Any, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """A function of (log p, log q), and how fast it changes with the margin; (N,) each."""
     margin = margin.clone().requires_grad_()
     log_p, log_q = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
-    function = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
-    log_weight = function(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)) + 0 * margin.nan_to_num(0, 0, 0)
-    (slope,) = torch.autograd.grad(log_weight.sum(), margin)
-    return log_weight.detach(), slope.abs().nan_to_num(0)
+    value = function(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)) + 0 * margin.nan_to_num(0, 0, 0)
+    (slope,) = torch.autograd.grad(value.sum(), margin)
+    return value.detach(), slope.abs()
 
 
-def span_of(logits: Tensor) -> Tensor:
-    """max - min over a row's finite logits, plus log V, (N,) fp64."""
+def depths(logits: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
+    """depth_j of every element (N, V), 0 for the label, and depth and reach of every row (N,); see above."""
     z = logits.double()
-    finite = z.isfinite()
-    low = torch.where(finite, z, math.inf).amin(1)
-    high = torch.where(finite, z, -math.inf).amax(1)
-    return (high - low).clamp(min=0).nan_to_num(0, 0, 0) + math.log(z.shape[1])
+    label = torch.where(target != ignore_index, target, 0).long()[:, None]
+    others = z.scatter(1, label, -math.inf)
+    top = others.amax(1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    each = torch.where(others.isfinite(), (others - top).abs(), 0)
+    mean = (torch.exp(others - top).nan_to_num(0, 0, 0) * each).sum(1) / torch.exp(others - top).sum(1).clamp(min=1)
+    lead = (z.gather(1, label) - top)[:, 0].abs().nan_to_num(0, 0, 0)
+    return each, mean, lead + mean + math.log(z.shape[1])
 
 
 def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None = None, **options: Any) -> Expected:
@@ -83,9 +87,16 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     dlogits, loss = z.grad, exact.loss.detach()
 
     storage, compute = torch.finfo(logits.dtype), torch.finfo(compute_dtype(logits.dtype))
-    valid = target != options.get("ignore_index", -100)
-    margin = reference.margin(logits.double(), target, options.get("ignore_index", -100))
-    log_weight, slope = _log_weight(emphasis, margin)
+    ignore_index = options.get("ignore_index", -100)
+    valid = target != ignore_index
+    margin = reference.margin(logits.double(), target, ignore_index)
+    function = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
+    has_loss = getattr(emphasis, "has_loss", False)
+    eps = options.get("eps")
+    eps = (0.0 if has_loss else 1e-6) if eps is None else eps
+    log_weight, weight_slope = _slope(function, margin)
+    _, value_slope = _slope(lambda p, q: (emphasis.loss(p, q) if has_loss else -p).clamp(min=1e-300).log(), margin)
+    unit_slope = (1 - torch.sigmoid(-margin)) * eps / (2 * torch.sigmoid(-margin) + eps) if eps else 0 * margin
     c = torch.where(valid, torch.ones_like(margin), 0)
     if options.get("weight") is not None:
         c = c * options["weight"].double()[torch.where(valid, target, 0).long()]
@@ -93,9 +104,19 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
         c = c * options["sample_weight"].double()
     counts = c != 0
     log_cw = torch.where(counts, log_weight + c.abs().log(), 0)
-    span = span_of(logits)
-    row = torch.where(counts, BASE + 2 * span + 4 * (log_weight.abs() + torch.where(counts, c.abs().log().abs(), 0)), 0)
-    row = torch.where(counts, row + 2 * span * slope, row)
+    depth_each, depth, reach = depths(logits, target, ignore_index)
+    rounding = BASE + 4 * (log_weight.abs() + torch.where(counts, c.abs().log().abs(), 0))
+
+    def error(*slopes: Tensor) -> Tensor:
+        """The relative error of a row's number whose logarithm has these slopes, in units of u."""
+        total = rounding + 2 * reach * sum(slope.nan_to_num(1, 1, 1) for slope in slopes)
+        return torch.where(counts, total, 0)
+
+    row = error(weight_slope)
+    row_value = error(value_slope) if has_loss else error(value_slope, weight_slope)
+    row_gradient = error(weight_slope, unit_slope)[:, None] + torch.where(
+        counts[:, None], 2 * depth[:, None] + 2 * depth_each, 0
+    )
 
     per_row = options.get("reduction", "sum_weight") == "none"
     # The terms of the sum of weights, 1e-8 among them, relative to the largest.
@@ -111,19 +132,18 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     else:
         on_divisor = divisor + BASE
     u = compute.eps
-    rtol = (row + on_divisor) * u
     # The coefficient of the row: half the L1 norm of its gradient.
     k = dlogits.abs().sum(1).nan_to_num(0, 0, 0) / 2
     tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
     values = reference.dm_loss(logits.double(), target, emphasis, **{**options, "reduction": "none", "normalizer": None}).loss
     scale = 1.0 if per_row else (loss.abs() / values.sum().abs()).nan_to_num(1, 1, 1)
     one = torch.finfo(torch.float32).tiny
-    value_error = values.abs() * rtol
+    value_error = values.abs() * (row_value + on_divisor) * u
     allowed = {
-        "dlogits": (storage.eps + rtol)[:, None] * dlogits.abs() + tiny * torch.clamp(k, min=1)[:, None],
+        "dlogits": (storage.eps + (row_gradient + on_divisor) * u) * dlogits.abs() + tiny * torch.clamp(k, min=1)[:, None],
         "loss": (value_error if per_row else value_error.nan_to_num(0, 0, 0).sum() * scale) + u * loss.abs() + one,
-        "example_weight": (rtol + u) * exact.example_weight.abs() + one,
-        "target_prob": (BASE + 2 * span) * u * exact.target_prob + one,
+        "example_weight": (row + on_divisor + 1) * u * exact.example_weight.abs() + one,
+        "target_prob": (BASE + 2 * reach) * u * exact.target_prob + one,
         "sum_weight": (divisor + BASE) * u * exact.sum_weight.abs() + one,
     }
     return Expected(loss, dlogits, *exact[1:], allowed)
