@@ -265,7 +265,7 @@ def summarise(runs: list[Run], digits: Digits, settings: Settings, seeds: int, w
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},
         },
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cpu_count": os.cpu_count()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cpu_count": os.cpu_count()},
         "methods": {name: summarise_method(name, [run for run in runs if run.method == name]) for name in METHODS},
     }
 

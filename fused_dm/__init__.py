@@ -8,4 +8,5 @@ from ._api import available_impls as available_impls
 from ._api import dm_loss as dm_loss
 from ._api import margin as margin
 
+__all__ = ["DMLoss", "DMOutput", "available_impls", "dm_loss", "edf", "margin", "reference"]
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ class DMOutput(NamedTuple):
 
     Attributes:
         loss: the reduced loss, 0-d, or shaped like `target` for `reduction="none"`; fp32 (fp64 for fp64 logits).
-        example_weight: c w / D, shaped like `target`: the L1 norm of the row's gradient at eps = 0.
+        example_weight: c w / D, shaped like `target`: the L1 norm of the row's gradient at eps = 0, with the sign of c.
         target_prob: p, shaped like `target`.
         sum_weight: 1e-8 + sum of c w, 0-d fp64.
         correct: whether the label's logit is at or above every other, shaped like `target`, bool.
@@ -202,14 +202,15 @@ def dm_loss(
         logits: (V), (N, V) or (N, V, d1, ..., dk); fp16, bf16, fp32 or fp64. Statistics are fp32 (fp64 for fp64). Never
             changed.
         target: (), (N) or (N, d1, ..., dk), any integer dtype; labels in [0, V) or `ignore_index`.
-        emphasis: an EDF, its name such as "dm:beta=8,lambd=0.5", or any callable log_weight(log_p, log_q) on (N,) tensors
-            that returns log w.
+        emphasis: an EDF, its name such as "dm:beta=8,lambd=0.5", or any callable log_weight(log_p, log_q) that returns log w.
+            It gets (N,) tensors, fp32 (fp64 for fp64 logits), at least -1e30, and no gradient flows through it.
         weight: (V,) class weights; may be zero or negative.
         sample_weight: weights shaped like `target`; may be zero or negative.
         ignore_index: rows with this label have zero gradient and are in neither the value nor D.
         reduction: "sum_weight": D = 1e-8 + sum c w. "mean": D = sum of c over the rows that are not ignored. "sum": D =
-            `normalizer`, or 1. "none": the rows, with D = 1. Under "sum_weight" any w is safe; the other reductions
-            overflow where log w is above 88 (709 for fp64 logits). CCE, MAE and GCE are the published losses under "mean".
+            `normalizer`, or 1. "none": the rows, with D = 1. Under "sum_weight" no w overflows (with weights of both signs D
+            may cancel, though); the other reductions overflow where log w is above 88 (709 for fp64 logits). CCE, MAE and
+            GCE are the published losses under "mean".
         normalizer: D for `reduction="sum"`: a number above 0 or a 0-d tensor. For gradient accumulation and data parallel
             training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
         eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for
