@@ -48,6 +48,8 @@ class Case:
     classes: int
     family: str = "dm"
     weighted: bool = False
+    # Arguments that this launch makes constants: None, 1, a flag. RUN_TIME makes one an argument that is None elsewhere.
+    constants: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, int]:
@@ -113,11 +115,18 @@ CASES = [
     Case("margin", "bf16", 128256),
     Case("totals", "fp32", 0),
 ]
+RUN_TIME = object()
+ONES = dict.fromkeys(("V", "logits_row_stride", "dloss_stride", "ignore_index"), 1)
 # Every family, dtype and option compiles; one target shows it.
 VARIANTS = [
     *(Case(kernel, "bf16", 128256, family, weighted=True) for kernel in ("forward", "fused") for family in kernels.FAMILIES),
     *(Case(kernel, dtype, 128256) for kernel in ("forward", "gradient", "fused") for dtype in ("fp16", "fp64")),
     Case("totals", "fp64", 0, "cce"),
+    *(Case(kernel, "bf16", 8, constants=ONES) for kernel in ("margin", "forward", "gradient", "fused")),
+    Case("gradient", "bf16", 128256, constants={"SKIP_ONE": True}),
+    Case("gradient", "bf16", 128256, constants={"totals_ptr": None}),
+    Case("totals", "fp32", 0, constants={"P": 1}),
+    *(Case("totals", "fp32", 0, family, constants={"normalizer_ptr": RUN_TIME}) for family in ("dm", "cce")),
 ]
 
 
@@ -136,6 +145,7 @@ def compile_case(case: Case, target: GPUTarget):
         constants["weight_ptr"] = None
     if case.kernel == "totals":
         constants["normalizer_ptr"] = None
+    constants.update(case.constants)
     types = {
         "logits_ptr": f"*{case.dtype}",
         "dlogits_ptr": f"*{case.dtype}",
@@ -146,7 +156,7 @@ def compile_case(case: Case, target: GPUTarget):
         **dict.fromkeys(("weight_ptr", "rows_ptr", "partials_ptr", "margin_ptr", "dloss_ptr", "loss_ptr"), f"*{compute}"),
     }
     names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
+    constants = {name: value for name, value in constants.items() if name in names and value is not RUN_TIME}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # A stride that is a multiple of 16 units is left to chance: what holds without it holds with it.
     divisible = [name for name in names if name in types and name not in constants] + (["SPAN"] if "SPAN" in names else [])

@@ -263,7 +263,8 @@ class DMLoss(torch.nn.Module):
     """`dm_loss` as a module, in the place of `torch.nn.CrossEntropyLoss`.
 
     The EDF's parameters are held in an fp64 buffer that the computation reads, so that `set_emphasis` changes them without
-    recompiling a compiled model, and reaches a captured CUDA graph. The buffer stays fp64 when the module is cast.
+    recompiling a compiled model, and reaches a captured CUDA graph. The buffer stays fp64 when the module is cast;
+    it is not in the `state_dict`.
 
     Args:
         emphasis: see `dm_loss`.
