@@ -8,6 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
+from ._rows import compute_dtype
+
 # Elements a block holds. Every torch operation is a parallel region, so blocks must not be small; a block that fits the
 # last-level cache is read again at no cost.
 BLOCK_ELEMENTS = 1 << 20
@@ -47,7 +49,7 @@ class _Pass:
 
     def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
         rows, classes = logits.shape
-        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.dtype = compute_dtype(logits.dtype)
         self.valid = target != ignore_index
         target = target.long()
         _check_labels(target, self.valid, classes, ignore_index)

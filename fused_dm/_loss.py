@@ -12,6 +12,7 @@ from ._rows import (
     Totals,
     batch_totals,
     coefficients,
+    compute_dtype,
     example_weights,
     mean_divisor,
     row_terms,
@@ -74,7 +75,7 @@ def _valid(problem: Problem) -> Tensor:
 def _row_weight(problem: Problem) -> Tensor | None:
     if problem.weight is None and problem.sample_weight is None:
         return None
-    dtype = _operators.compute_dtype(problem.logits.dtype)
+    dtype = compute_dtype(problem.logits.dtype)
     return row_weight(problem.weight, problem.sample_weight, problem.target, _valid(problem), dtype)
 
 

@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _cpu
+from ._rows import compute_dtype
 
 
 def _triton():
     from . import _triton
 
     return _triton
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, value and coefficients for logits of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _only_once(ctx) -> None:

@@ -26,6 +26,11 @@ class Totals(NamedTuple):
     sum_weight: Tensor  # fp64: 1e-8 + sum c w
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, value and coefficients for logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def row_weight(
     weight: Tensor | None, sample_weight: Tensor | None, target: Tensor, valid: Tensor, dtype: torch.dtype
 ) -> Tensor | None:

@@ -7,8 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-# Rows of the buffer that the forward kernels write.
-MAX, SUM, LEAD, LOG_WEIGHT, UNIT, SIGN, VALUE = range(7)
+from ._rows import compute_dtype
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -19,10 +18,6 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _unit(logits: Tensor) -> int:
@@ -65,7 +60,7 @@ def _family(family: str) -> dict:
 def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
-    dtype = _compute_dtype(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     statistics = logits.new_empty((3, rows), dtype=dtype)
     margins = logits.new_empty(rows, dtype=dtype)
     if rows:
@@ -95,7 +90,7 @@ def loss_and_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits for dloss = 1 (empty unless `with_gradient`): two launches."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
-    dtype = _compute_dtype(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     config = tile(logits.shape[1], logits.element_size(), keep=with_gradient)
     programs = triton.cdiv(rows, config["BLOCK_N"])
     buffer = logits.new_empty((7, rows), dtype=dtype)
