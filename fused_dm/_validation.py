@@ -136,6 +136,35 @@ def check_normalizer_device(normalizer: float | Tensor | None, logits: Tensor) -
         raise ValueError(f"normalizer: expected device {logits.device}, that of logits, got {normalizer.device}")
 
 
+def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
+    """Whether these logits, whose gradient is wanted, can be overwritten by it."""
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace: expected a bool, got {inplace!r}")
+    if not (inplace and torch.is_grad_enabled() and logits.requires_grad):
+        return
+    # Everything that can be wrong is noticed before the first logit is overwritten.
+    if impl == "reference":
+        raise ValueError("inplace=True: expected impl 'triton' or 'cpu', got 'reference', which overwrites nothing")
+    if logits.is_leaf:
+        raise ValueError("inplace=True: expected logits that were computed, got a leaf tensor, whose data would be lost")
+    if not torch.compiler.is_compiling() and logits._base is not None and logits._base.is_leaf:
+        raise ValueError(
+            "inplace=True: expected logits that were computed, got a view of a leaf tensor, whose data would be lost"
+        )
+    rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        raise ValueError(f"inplace=True: expected logits whose classes are adjacent in memory, got strides {logits.stride()}")
+    if logits.dim() > 2 and not rows.is_contiguous():
+        raise ValueError(
+            "inplace=True: expected spatial logits in the channels-last layout, (N, d1, ..., dk, V) in memory, got strides "
+            f"{logits.stride()} for shape {tuple(logits.shape)}"
+        )
+    if logits.dim() == 2 and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"inplace=True: expected rows that do not overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
+        )
+
+
 def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:
     """The EDF that `emphasis` is or names, or the callable itself."""
     if isinstance(emphasis, str):
@@ -181,5 +210,6 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"target: expected labels in [0, {classes}) or ignore_index={ignore_index}, got {found}")
 
 
-def validates_labels() -> bool:
-    return os.environ.get("FUSED_DM_VALIDATE", "0") == "1" and not torch.compiler.is_compiling()
+def validates_labels(first: bool = False) -> bool:
+    """Whether to read the labels before anything is computed; `first` where afterwards would be too late."""
+    return (first or os.environ.get("FUSED_DM_VALIDATE", "0") == "1") and not torch.compiler.is_compiling()
