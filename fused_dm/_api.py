@@ -118,6 +118,7 @@ def _compute(
     _validation.check_weights(logits, target, weight, sample_weight)
     _validation.check_normalizer_device(normalizer, logits)
     impl = _validation.choose_impl(impl, logits)
+    _validation.check_transforms(logits, impl)
     _validation.check_inplace(inplace, logits, impl)
     # 64-bit: in a narrower dtype a comparison with ignore_index or with V would wrap around.
     labels = target.reshape(-1).long()
@@ -431,6 +432,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     """
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
+    _validation.check_transforms(logits, impl)
     rows, labels = _rows_of(logits), target.reshape(-1).long()
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _operators
+from . import _operators, _validation
 from ._rows import (
     RowTerms,
     Totals,
@@ -66,14 +66,17 @@ class Result(NamedTuple):
 
 
 def needs_gradient(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad
+    # Within torch.vmap a tensor does not tell whether it requires grad.
+    return torch.is_grad_enabled() and (logits.requires_grad or _validation.is_batched(logits))
 
 
 def _in_forward(problem: Problem) -> bool:
     """Whether the gradient, if one is wanted, may be written in the forward pass."""
     # Traced code cannot overwrite an input of its graph in the forward pass and then again in the backward.
     overwrites_twice = problem.inplace and torch.compiler.is_compiling()
-    return needs_gradient(problem.logits) and problem.logits.dtype in IN_FORWARD and not overwrites_twice
+    # The batches of torch.vmap share one buffer, which the first of their backwards would use up.
+    shares = _validation.is_batched(problem.logits)
+    return needs_gradient(problem.logits) and problem.logits.dtype in IN_FORWARD and not (overwrites_twice or shares)
 
 
 def _valid(problem: Problem) -> Tensor:
@@ -160,9 +163,8 @@ def triton_loss(problem: Problem) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     family, params = problem.emphasis.family, problem.emphasis.params
     backward = needs_gradient(logits)
-    with torch.no_grad():
-        weight = _row_weight(problem)
-        normalizer = _normalizer(problem, weight)
+    weight = _row_weight(problem)
+    normalizer = _normalizer(problem, weight)
     known = problem.reduction == "mean" or problem.normalizer is not None
     in_forward = known and _in_forward(problem)
     # The gradient is attached to the value afterwards; otherwise the operator brings its own.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import edf
 
@@ -136,10 +137,37 @@ def check_normalizer_device(normalizer: float | Tensor | None, logits: Tensor) -
         raise ValueError(f"normalizer: expected device {logits.device}, that of logits, got {normalizer.device}")
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.vmap runs and the tensor is one of its batches; whether that requires grad is not told."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def check_transforms(logits: Tensor, impl: str) -> None:
+    """Refuse the transforms that would lose the gradient: torch.func's do not see an operator's, forward mode gets zeros."""
+    if impl == "reference":
+        if torch.compiler.is_exporting():
+            raise RuntimeError("impl='reference': cannot be exported, its gradient would be lost; use impl 'triton' or 'cpu'")
+        return
+    transformed = forward_ad._current_level >= 0
+    if not torch.compiler.is_compiling():  # there the tracer itself names the operator that torch.func.grad cannot take
+        transformed = transformed and forward_ad.unpack_dual(logits).tangent is not None
+        inner = logits
+        while not transformed and torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            transformed = torch._C._functorch.is_gradtrackingtensor(inner)
+            inner = torch._C._functorch.get_unwrapped(inner)
+    if transformed:
+        raise RuntimeError(
+            f"impl={impl!r}: expected plain autograd, got a torch.func transform (grad, jvp, ...) or forward-mode "
+            "differentiation; pass impl='reference' for those"
+        )
+
+
 def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
     """Whether these logits, whose gradient is wanted, can be overwritten by it."""
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace: expected a bool, got {inplace!r}")
+    if inplace and is_batched(logits):
+        raise ValueError("inplace=True: expected logits outside torch.vmap")
     if not (inplace and torch.is_grad_enabled() and logits.requires_grad):
         return
     # Everything that can be wrong is noticed before the first logit is overwritten.
