@@ -176,7 +176,7 @@ def dm_loss(
     others = z.scatter(1, label, -torch.inf)
     return ReferenceOutput(
         loss=_Defined.apply(logits, value, gradient),
-        example_weight=(cw / divisor).to(z.dtype),
+        example_weight=torch.where(counts, cw / divisor, 0).to(z.dtype),
         target_prob=torch.where(valid, log_p.exp(), torch.nan),
         sum_weight=sum_weight,
         correct=valid & ~log_p.isnan() & (z.gather(1, label) >= others).all(1),

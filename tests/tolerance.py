@@ -149,12 +149,19 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     return Expected(loss, dlogits, *exact[1:], allowed)
 
 
+def share_of_bound(got: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:
+    """The error of every element as a share of what is allowed: 0 where it is the same, inf where one is nan or infinite."""
+    got = got.detach().double().cpu()
+    exact = exact.detach()
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    return torch.where(same, 0, (got - exact).abs() / allowed).nan_to_num(math.inf, math.inf)
+
+
 def compare(name: str, got: Tensor, exact: Tensor, allowed: Tensor) -> None:
     """Fail unless `got` is within `allowed` of `exact` in every element; nan and infinities must agree."""
     got = got.detach().double().cpu()
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    same = (got == exact) | (got.isnan() & exact.isnan())
-    excess = torch.where(same, 0, (got - exact).abs() / allowed).nan_to_num(math.inf, math.inf)
+    excess = share_of_bound(got, exact, allowed).detach()
     if excess.numel() and excess.max() > 1:
         at = int(excess.argmax())
         raise AssertionError(
@@ -173,3 +180,10 @@ def check(output: Any, dlogits: Tensor | None, truth: Expected) -> None:
     compare("target_prob", output.target_prob, truth.target_prob, truth.allowed["target_prob"])
     compare("sum_weight", output.sum_weight, truth.sum_weight, truth.allowed["sum_weight"])
     assert torch.equal(output.correct.cpu(), truth.correct)
+
+
+def shares(output: Any, dlogits: Tensor, truth: Expected) -> dict[str, float]:
+    """The largest error of each result as a share of its bound."""
+    got = {name: getattr(output, name) for name in truth.allowed if name != "dlogits"} | {"dlogits": dlogits}
+    found = {name: share_of_bound(got[name], getattr(truth, name), truth.allowed[name]) for name in truth.allowed}
+    return {name: share.max().item() if share.numel() else 0.0 for name, share in found.items()}

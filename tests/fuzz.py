@@ -1,0 +1,369 @@
+"""Random calls of `dm_loss`, every implementation against the reference in fp64: `make fuzz`.
+
+    python tests/fuzz.py --cases 50000 --processes 2 --seed 1
+
+A case draws shape, strides, dtypes, EDF and parameters, weights, ignored rows, extreme and special values, reduction and
+upstream gradient, and compares the reference in the case's dtype, the CPU implementation and the kernels, each as the fused
+path and through the margin operator, and in place where that is allowed. In the interpreter every lane's bounds are checked
+as well. A failure is shrunk by hypothesis and printed; then it becomes a named test in test_regressions.py. The tests run a
+short form, with cases that are the same each time.
+
+The largest error of all cases, as a share of the bound, shows how much room the bound leaves.
+"""
+
+import argparse
+import collections
+import dataclasses
+import math
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+    import conftest  # noqa: F401  the interpreter, made strict
+
+import numpy as np
+import torch
+from batches import GPU, device_of, make
+from hypothesis import HealthCheck, Phase, assume, given, note, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+from tolerance import Expected, check, compute_dtype, expected, shares
+
+from fused_dm import dm_loss, edf, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TARGETS = [torch.int64, torch.int32, torch.int16, torch.uint8]
+LAYOUTS = ["contiguous", "padded rows", "odd rows", "columns first", "every other class", "spatial", "channels last"]
+REDUCTIONS = ["sum_weight", "mean", "sum", "none"]
+# Where a weight may overflow, above log w = 88, nothing is promised but under sum_weight.
+LARGEST_LOG_WEIGHT = 60.0
+
+finite = {"allow_nan": False, "allow_infinity": False, "width": 32}
+
+
+def numbers(low, high):
+    return st.floats(low, high, **finite)
+
+
+EMPHASES = st.one_of(
+    st.builds(edf.DM, beta=numbers(-40, 40), lambd=numbers(0, 5)),
+    st.builds(edf.DM, beta=st.sampled_from([1000.0, -1000.0]), lambd=numbers(0, 3)),
+    st.builds(edf.Exponential, beta=numbers(-20, 20)),
+    st.builds(edf.IMAE, T=numbers(-20, 40)),
+    st.just(edf.Uniform()),
+    st.just(edf.CCE()),
+    st.just(edf.MAE()),
+    st.builds(edf.GCE, q=numbers(0.0078125, 1)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How class or sample weights are drawn."""
+
+    kind: str
+    dtype: torch.dtype
+
+    def tensor(self, count: int, seed: int) -> torch.Tensor | None:
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+        values = {
+            "none": None,
+            "positive": uniform + 0.1,
+            "signed": 2 * uniform - 0.7,
+            "zeros": (uniform > 0.5).double(),
+            "wide": torch.exp(20 * (uniform - 0.5)),
+        }[self.kind]
+        return None if values is None else values.to(self.dtype)
+
+
+WEIGHTS = st.builds(
+    Weights,
+    st.sampled_from(["none", "none", "positive", "signed", "zeros", "wide"]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A drawn call."""
+
+    emphasis: edf.EDF
+    rows: int
+    classes: int
+    dtype: torch.dtype
+    layout: str
+    target_dtype: torch.dtype
+    ignore_index: int
+    ignored: float
+    seed: int
+    scale: float
+    margins: float
+    offset: float
+    special: tuple[tuple[float, bool, int], ...]  # value, at the label, row and class
+    weight: Weights
+    sample_weight: Weights
+    reduction: str
+    normalizer: float | None
+    eps: float | None
+    dloss: float
+    path: str  # fused, margin, in place
+
+    def options(self) -> dict:
+        return {
+            "weight": self.weight.tensor(self.classes, self.seed + 1),
+            "sample_weight": self.sample_weight.tensor(self.rows, self.seed + 2),
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "normalizer": self.normalizer if self.reduction == "sum" else None,
+            "eps": self.eps,
+        }
+
+
+CASES = st.builds(
+    Case,
+    emphasis=EMPHASES,
+    rows=st.integers(0, 12),
+    classes=st.one_of(st.integers(1, 40), st.integers(1, 40), st.sampled_from([128, 255, 257, 1000])),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    target_dtype=st.sampled_from(TARGETS),
+    ignore_index=st.sampled_from([-100, -100, 0, 3, 255]),
+    ignored=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 2.0, 10.0, 40.0]),
+    margins=st.sampled_from([0.0, 1.0, 8.0, 20.0, 80.0, 1e4]),
+    offset=st.sampled_from([0.0, 0.0, 0.0, 1e4, -1e4, 100.0]),
+    special=st.lists(
+        st.tuples(st.sampled_from([-math.inf, -math.inf, math.inf, math.nan, 3e4, -3e4]), st.booleans(), st.integers(0, 10**4)),
+        max_size=3,
+    ).map(tuple),
+    weight=WEIGHTS,
+    sample_weight=WEIGHTS,
+    reduction=st.sampled_from(REDUCTIONS),
+    normalizer=st.sampled_from([None, 1.0, 7.5, 1e-3, 1e4]),
+    eps=st.sampled_from([None, None, 0.0, 1e-6, 0.1]),
+    dloss=st.sampled_from([1.0, 1.0, 0.0, -2.0, 0.37]),
+    path=st.sampled_from(["fused", "margin", "in place"]),
+)
+
+
+def laid_out(logits: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same rows (N, V) in another place in memory; the spatial layouts are (1, V, N)."""
+    rows, classes = logits.shape
+    if layout == "contiguous":
+        return logits
+    if layout == "columns first":
+        return logits.t().contiguous().t()
+    if layout == "spatial":
+        return logits.t().contiguous()[None]
+    if layout == "channels last":
+        return logits.clone()[None].movedim(-1, 1)
+    wide = torch.full((rows, 2 * classes + 16), math.nan, dtype=logits.dtype, device=logits.device)
+    at = {"padded rows": wide[:, 8 : 8 + classes], "odd rows": wide[:, 3 : 3 + classes], "every other class": wide[:, ::2]}
+    view = at[layout][:, :classes]
+    view.copy_(logits)
+    return view
+
+
+def rows_of(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    return tensor[0].t() if layout in ("spatial", "channels last") else tensor
+
+
+def problem(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) and target (N,) of a case."""
+    logits, target = make(
+        case.rows,
+        case.classes,
+        case.dtype,
+        seed=case.seed,
+        scale=case.scale,
+        margins=case.margins,
+        offset=case.offset,
+        ignored=case.ignored,
+    )
+    for value, at_label, where in case.special:
+        if case.rows:
+            row = where % case.rows
+            label = int(target[row])
+            logits[row, label if at_label and label >= 0 else where % case.classes] = value
+    if case.ignore_index != -100:
+        # A class may be the one that is ignored.
+        target = torch.where(target == -100, case.ignore_index, target)
+    return logits, target
+
+
+def call(impl: str, case: Case, emphasis, logits: torch.Tensor, target: torch.Tensor, options: dict):
+    """DMOutput by rows, and dlogits (N, V)."""
+    device = device_of(impl)
+    leaf = laid_out(logits.to(device, copy=True), case.layout).detach().requires_grad_()
+    given = leaf
+    inplace = case.path == "in place" and impl != "reference" and can_be_overwritten(leaf)
+    if inplace:
+        # Same strides: an elementwise product keeps them where the tensor is dense, and a view of one where it is not.
+        base = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+        given = base.copy_(leaf)
+    options = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    where = target.to(case.target_dtype).to(device)
+    if leaf.dim() == 3:
+        where = where[None]
+        if options["sample_weight"] is not None:
+            options["sample_weight"] = options["sample_weight"][None]
+    output = dm_loss(given, where, emphasis, impl=impl, inplace=inplace, return_output=True, **options)
+    upstream = torch.full_like(output.loss, case.dloss)
+    (gradient,) = torch.autograd.grad(output.loss, leaf, upstream)
+    if inplace:
+        assert gradient.shape == leaf.shape
+    else:
+        assert torch.equal(rows_of(leaf.detach(), case.layout).cpu().nan_to_num(7), logits.nan_to_num(7)), "logits changed"
+    flat = output._replace(
+        loss=output.loss.reshape(-1) if options["reduction"] == "none" else output.loss,
+        example_weight=output.example_weight.reshape(-1),
+        target_prob=output.target_prob.reshape(-1),
+        correct=output.correct.reshape(-1),
+    )
+    return flat, rows_of(gradient, case.layout)
+
+
+def can_be_overwritten(leaf: torch.Tensor) -> bool:
+    rows = leaf if leaf.dim() < 3 else leaf.movedim(1, -1)
+    adjacent = rows.shape[-1] == 1 or rows.stride(-1) == 1
+    return adjacent and (leaf.dim() < 3 or rows.is_contiguous())
+
+
+def compared(truth: Expected, gradient: torch.Tensor, case: Case) -> tuple[Expected, torch.Tensor]:
+    """The truth and the gradient without what is not defined: rows without a value, what the storage cannot hold.
+
+    Under "sum_weight" one row without a value leaves the whole batch without one.
+    """
+    defined = truth.dlogits.isfinite().all(1) & (truth.dlogits.abs() < 0.9 * torch.finfo(case.dtype).max).all(1)
+    if case.reduction == "sum_weight" and truth.loss.isnan():
+        defined = torch.zeros_like(defined)
+    allowed = {**truth.allowed, "dlogits": truth.allowed["dlogits"][defined]}
+    return truth._replace(dlogits=truth.dlogits[defined], allowed=allowed), gradient[defined.to(gradient.device)]
+
+
+largest: dict[tuple[str, str, str], float] = collections.defaultdict(float)
+seen: collections.Counter = collections.Counter()
+
+
+def run_case(case: Case) -> None:
+    """Compare every implementation with the truth."""
+    logits, target = problem(case)
+    assume(case.target_dtype != torch.uint8 or case.ignore_index in (0, 3, 255) or not (target < 0).any())
+    assume(not (target.numel() and target.max() > torch.iinfo(case.target_dtype).max))
+    options = case.options()
+    if case.path == "margin" and options["eps"] is None:
+        options["eps"] = 0.0 if case.emphasis.has_loss else 1e-6
+    emphasis = case.emphasis.log_weight if case.path == "margin" else case.emphasis
+    if case.reduction != "sum_weight":
+        margins = reference.margin(logits.double(), target, case.ignore_index)
+        log_p, log_q = (torch.nn.functional.logsigmoid(sign * margins).clamp(min=-1e30) for sign in (1, -1))
+        assume(not (case.emphasis.log_weight(log_p, log_q) > LARGEST_LOG_WEIGHT).any())
+    upstream = torch.tensor(case.dloss, dtype=compute_dtype(case.dtype)).expand(
+        logits.shape[0] if case.reduction == "none" else ()
+    )
+    truth = expected(logits, target, emphasis, upstream, **options)
+    tiny = torch.finfo(torch.float32 if case.dtype != torch.float64 else torch.float64).max
+    for value in (truth.loss, truth.example_weight, truth.sum_weight):
+        assume(not (value.abs() > 0.1 * tiny).any() or bool(value[~value.isfinite()].isnan().all()))
+    for impl in ("reference", "cpu", "triton"):
+        note(f"impl={impl}")
+        with np.errstate(invalid="ignore", over="ignore"):  # the interpreter's inf - inf, which gives a row its nan
+            output, gradient = call(impl, case, emphasis, logits, target, dict(options))
+        known, gradient = compared(truth, gradient, case)
+        for name, share in shares(output, gradient, known).items():
+            key = (impl, str(case.dtype).removeprefix("torch."), name)
+            largest[key] = max(largest[key], share)
+        check(output, gradient, known)
+    seen[case.path] += 1
+    seen[case.layout] += 1
+    seen[str(case.dtype)] += 1
+    seen[str(case.emphasis).partition(":")[0]] += 1
+
+
+OPTIONS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+
+
+def fuzz(cases: int, seed: int) -> str | None:
+    """Run so many cases; the report of a failure, shrunk, or None."""
+
+    @seeded(seed)
+    @settings(max_examples=cases, phases=[Phase.generate, Phase.shrink], **OPTIONS)
+    @given(CASES)
+    def one(case: Case) -> None:
+        run_case(case)
+
+    try:
+        one()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"seed {seed}: {type(error).__name__}: {error}\n" + "\n".join(getattr(error, "__notes__", []))
+    return None
+
+
+def _worker(arguments: tuple[int, int]) -> tuple[str | None, dict, collections.Counter, dict]:
+    cases, seed = arguments
+    largest.clear()
+    seen.clear()
+    failure = fuzz(cases, seed)
+    lanes = {}
+    if not GPU:
+        from interpreter import bounds
+
+        lanes, bounds.lanes = dict(bounds.lanes), {"load": 0, "store": 0}
+    return failure, dict(largest), collections.Counter(seen), lanes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=50_000)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--chunk", type=int, default=500, help="cases between two seeds")
+    parser.add_argument("--output", type=Path, help="write the summary to this file")
+    arguments = parser.parse_args()
+    chunks = [
+        (min(arguments.chunk, arguments.cases - start), arguments.seed + start)
+        for start in range(0, arguments.cases, arguments.chunk)
+    ]
+    started = time.time()
+    failures, most, counts, lanes = [], collections.defaultdict(float), collections.Counter(), collections.Counter()
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for number, (failure, shares_of, seen_of, lanes_of) in enumerate(pool.imap_unordered(_worker, chunks), 1):
+            if failure:
+                failures.append(failure)
+                print(failure, flush=True)
+            for key, share in shares_of.items():
+                most[key] = max(most[key], share)
+            counts.update(seen_of)
+            lanes.update(lanes_of)
+            if number % 10 == 0:
+                print(f"{number * arguments.chunk} cases, {len(failures)} failures, {time.time() - started:.0f} s", flush=True)
+    completed = sum(count for name, count in counts.items() if name in ("fused", "margin", "in place"))
+    lines = [
+        f"{completed} cases compared in three implementations, {len(failures)} failing chunks of {len(chunks)}; "
+        f"seed {arguments.seed}, torch {torch.__version__}",
+        f"lanes checked in the interpreter: {lanes['load']:,} loaded, {lanes['store']:,} stored, 0 outside their tensor"
+        if not failures
+        else "",
+        "cases by kind: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()),
+        "",
+        "| implementation | dtype | result | largest error, share of the bound |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(key)} | {share:.2f} |" for key, share in sorted(most.items())),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
