@@ -75,7 +75,7 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     name = str(emphasis) if isinstance(emphasis, EDF) else getattr(emphasis, "__name__", repr(emphasis))
     log_weight = emphasis.log_weight if isinstance(emphasis, EDF) else emphasis
     margin = torch.tensor(sorted(set(_MARGINS)), dtype=torch.float64)
-    log_p, log_q = (F.logsigmoid(sign * margin).clamp(min=-1e30) for sign in (1, -1))
+    log_p, log_q = _logs(margin)
     log_w = _weights(name, log_weight, log_p, log_q)
     _weights(name, log_weight, log_p.float(), log_q.float())
     notes = _ends(log_w) + _slope(emphasis, margin)
@@ -89,6 +89,14 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     elif isinstance(emphasis, EDF):
         notes += ("it has no kernel of its own: it runs on the margins, at a cost of order N.",)
     return Report(name, compared, difference, notes, _words(measure(log_weight), log_weight))
+
+
+def _logs(margin: Tensor) -> tuple[Tensor, Tensor]:
+    return F.logsigmoid(margin).clamp(min=-1e30), F.logsigmoid(-margin).clamp(min=-1e30)
+
+
+def _log_weight_at(emphasis: EDF, margin: Tensor) -> Tensor:
+    return emphasis.log_weight(*_logs(margin)).double()
 
 
 def _weights(name: str, log_weight: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -120,8 +128,8 @@ def _slope(emphasis: object, margin: Tensor) -> tuple[str, ...]:
     """Whether f has the slope that the weight says: w = 2 p q |df/dp| = 2 |df/dmargin|."""
     if not isinstance(emphasis, EDF) or not emphasis.has_loss:
         return ()
-    # Where f has digits left.
-    margin = margin[margin.abs() < 20].requires_grad_()
+    # Where f has digits left, and off the round p at which an f in pieces has its corners.
+    margin = (margin[margin.abs() < 20] + 0.0137).requires_grad_()
     log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(emphasis.loss(log_p, log_q).sum(), margin)
@@ -146,12 +154,15 @@ def _device() -> str | None:
 def _compare(name: str, emphasis: EDF, margin: Tensor, log_w: Tensor, device: str) -> float:
     """The largest difference of log w between the forms in fp64; in fp32 too, they must agree within rounding."""
     f = emphasis.loss(F.logsigmoid(margin), F.logsigmoid(-margin))
+    # On which side of a jump a margin lies is a matter of rounding.
+    below, above = (_log_weight_at(emphasis, margin + side * 1e-5 * (1 + margin.abs())) for side in (-1, 1))
+    jump = _apart(below, above) > 1e-2 * (1 + margin.abs())
     difference = math.inf
     for dtype in (torch.float32, torch.float64):
         got_w, got_f = _from_kernel(emphasis, margin, device, dtype)
         # An infinity is the same however it is written, and so is a weight that no batch can notice.
-        far = (got_w < -80) & (log_w < -80) | (got_w > 709) & (log_w > 709)
-        apart = _apart(torch.where(far, log_w, got_w), log_w)
+        same = jump | (got_w < -80) & (log_w < -80) | (got_w > 709) & (log_w > 709)
+        apart = _apart(torch.where(same, log_w, got_w), log_w)
         # The margin's own rounding shows where log w or f is steep.
         allowed = _UNITS * torch.finfo(dtype).eps * (1 + margin.abs().clamp(max=100))
         _agree(name, "log w", apart > allowed, margin, got_w, log_w)

@@ -83,6 +83,9 @@ class EDF:
         if "log_weight" in own:
             cls._own_weight = True
             cls._own_loss = False
+            if "weight" not in own:
+                # The formula of the base is that of another weight.
+                type.__setattr__(cls, "weight", EDF.weight)
         if "loss" in own:
             cls._own_loss = True
 
