@@ -33,7 +33,7 @@ TARGETS = {
 }
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 # Loads of a block of logits in the kernel's text, and exponentials an element costs over all passes.
-PASSES = {"margin": 1, "forward": 1, "gradient": 1, "fused": 2, "totals": 0}
+PASSES = {"margin": 1, "forward": 1, "gradient": 1, "multiply": 1, "fused": 2, "totals": 0}
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
 EXP_PER_ROW = 4
 # And those of the EDF: calls of exp, expm1_negative, softplus and log_sum in its log_weight and its f.
@@ -120,7 +120,7 @@ class Row:
         passes = 1 if one_block else PASSES[self.kernel]
         if aligned and self.wide_loads < passes * wide:
             found.append(f"{self.wide_loads} loads of 128 bits, expected {passes * wide}")
-        stores = {"gradient": 1, "fused": passes}.get(self.kernel, 0)
+        stores = {"gradient": 1, "multiply": 1, "fused": passes}.get(self.kernel, 0)
         if aligned and self.wide_stores < stores * wide:
             found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
         rows = max(1, min(self.block_n, self.elements // vector if aligned else self.elements))
@@ -135,17 +135,17 @@ CASES = [
     *(Case("fused", "bf16", classes) for classes in (16, 256, 1000, 8192, 16384, 32000, 128256, 50257)),
     *(Case(kernel, "fp32", classes) for kernel in ("forward", "gradient") for classes in (1000, 128256)),
     *(Case("fused", "fp32", classes) for classes in (1000, 8192, 32000)),
-    Case("margin", "bf16", 128256),
+    *(Case(kernel, "bf16", 128256) for kernel in ("margin", "multiply")),
     Case("totals", "fp32", 0),
 ]
 RUN_TIME = object()
-ONES = dict.fromkeys(("V", "logits_row_stride", "dloss_stride", "ignore_index"), 1)
+ONES = dict.fromkeys(("V", "logits_row_stride", "dlogits_row_stride", "dloss_stride", "ignore_index"), 1)
 # Every family, dtype and option compiles; one target shows it.
 VARIANTS = [
     *(Case(kernel, "bf16", 128256, family, weighted=True) for kernel in ("forward", "fused") for family in kernels.FAMILIES),
     *(Case(kernel, dtype, 128256) for kernel in ("forward", "gradient", "fused") for dtype in ("fp16", "fp64")),
     Case("totals", "fp64", 0, "cce"),
-    *(Case(kernel, "bf16", 8, constants=ONES) for kernel in ("margin", "forward", "gradient", "fused")),
+    *(Case(kernel, "bf16", 8, constants=ONES) for kernel in ("margin", "forward", "gradient", "multiply", "fused")),
     Case("gradient", "bf16", 128256, constants={"SKIP_ONE": True}),
     Case("gradient", "bf16", 128256, constants={"totals_ptr": None}),
     Case("totals", "fp32", 0, constants={"P": 1}),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _operators, _validation, edf, reference
-from ._loss import Emphasis, Problem, Received, margin_loss, triton_loss
+from ._loss import Emphasis, Problem, Received, margin_loss, needs_gradient, triton_loss
 
 
 class DMOutput(NamedTuple):
@@ -113,6 +113,7 @@ def _compute(
     reduction: str,
     normalizer: float | Tensor | None,
     eps: float,
+    inplace: bool,
     return_output: bool,
     impl: str | None,
 ) -> Tensor | DMOutput:
@@ -120,12 +121,15 @@ def _compute(
     _validation.check_weights(logits, target, weight, sample_weight)
     _validation.check_normalizer_device(normalizer, logits)
     impl = _validation.choose_impl(impl, logits)
-    rows = _rows_of(logits)
+    _validation.check_transforms(logits, impl)
+    _validation.check_inplace(inplace, logits, impl)
     # 64-bit: in a narrower dtype a comparison with ignore_index or with V would wrap around.
     labels = target.reshape(-1).long()
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
-    if _validation.validates_labels():
-        _validation.check_labels(labels, rows.shape[1], ignore_index)
+    inplace = inplace and needs_gradient(logits)
+    if _validation.validates_labels(first=inplace and impl == "cpu"):
+        _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
+    rows = _rows_of(_operators.take(logits) if inplace else logits)
     divisor = _normalizer(normalizer, logits.device)
     if impl == "reference":
         loss, *rest = reference.dm_loss(
@@ -154,6 +158,7 @@ def _compute(
             reduction=reduction,
             ignore_index=ignore_index,
             return_output=return_output,
+            inplace=inplace,
         )
         fused = impl == "triton" and problem.emphasis.family is not None
         loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
@@ -181,6 +186,7 @@ def dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    inplace: bool = False,
     return_output: bool = False,
     label_smoothing: float = 0.0,
     impl: str | None = None,
@@ -203,7 +209,7 @@ def dm_loss(
 
     Args:
         logits: (V), (N, V) or (N, V, d1, ..., dk); fp16, bf16, fp32 or fp64. Statistics are fp32 (fp64 for fp64). Never
-            changed.
+            changed unless `inplace`.
         target: (), (N) or (N, d1, ..., dk), any integer dtype; labels in [0, V) or `ignore_index`.
         emphasis: an EDF, its name such as "dm:beta=8,lambd=0.5", or any callable log_weight(log_p, log_q) that returns log w.
             It gets (N,) tensors, fp32 (fp64 for fp64 logits), at least -1e30, and no gradient flows through it.
@@ -218,6 +224,12 @@ def dm_loss(
             training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
         eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for
             the others. With 0 a fitted row keeps a gradient of norm w(1) / D.
+        inplace: let the gradient overwrite the logits, in the forward or the backward pass, so that it takes no memory of its
+            own. Then use the logits no more: what is needed of them is in `return_output=True`. A backward pass through a
+            later use is an error (but in compiled code, which cannot be told), as is one through an earlier operation that
+            kept them, such as a tanh that made them; a plain read (`logits.argmax(1)`) cannot be noticed, and finds
+            gradients. Nothing is overwritten where no gradient is wanted. The logits must have been computed: not a leaf
+            tensor or a view of one, not expanded or overlapping, classes adjacent in memory.
         return_output: return DMOutput, with what each example received, instead of the loss alone.
         label_smoothing: must be 0; accepted for the sake of `cross_entropy`'s signature.
         impl: None for Triton kernels on a GPU tensor, the CPU implementation on a CPU tensor, and eager torch elsewhere;
@@ -229,7 +241,8 @@ def dm_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype, probability targets among them.
-        ValueError: a wrong shape, device, reduction or parameter, `label_smoothing` other than 0.
+        ValueError: a wrong shape, device, reduction or parameter, `label_smoothing` other than 0, logits that `inplace`
+            cannot overwrite.
         IndexError: a label that is no class, on the CPU or under FUSED_DM_VALIDATE=1. On a GPU, where looking would
             synchronise, the row's value is nan.
 
@@ -257,6 +270,7 @@ def dm_loss(
         reduction,
         normalizer,
         _default_eps(density, eps),
+        inplace,
         return_output,
         impl,
     )
@@ -271,7 +285,8 @@ class DMLoss(torch.nn.Module):
 
     Args:
         emphasis: see `dm_loss`.
-        weight, sample_weight, ignore_index, reduction, normalizer, eps, return_output, label_smoothing, impl: see `dm_loss`.
+        weight, sample_weight, ignore_index, reduction, normalizer, eps, inplace, return_output, label_smoothing, impl: see
+            `dm_loss`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, here or when called; see `dm_loss`.
@@ -300,6 +315,7 @@ class DMLoss(torch.nn.Module):
         reduction: str = "sum_weight",
         normalizer: float | Tensor | None = None,
         eps: float | None = None,
+        inplace: bool = False,
         return_output: bool = False,
         label_smoothing: float = 0.0,
         impl: str | None = None,
@@ -312,6 +328,7 @@ class DMLoss(torch.nn.Module):
         self.eps = _default_eps(self.emphasis, eps)
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.inplace = inplace
         self.return_output = return_output
         self.label_smoothing = label_smoothing
         self.impl = impl
@@ -385,6 +402,7 @@ class DMLoss(torch.nn.Module):
             self.reduction,
             normalizer,
             self.eps,
+            self.inplace,
             self.return_output,
             self.impl,
         )
@@ -423,6 +441,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     """
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
+    _validation.check_transforms(logits, impl)
     rows, labels = _rows_of(logits), target.reshape(-1).long()
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)

@@ -57,6 +57,8 @@ class _Pass:
         self.row_max = logits.new_empty(rows, dtype=self.dtype)
         self.row_sum = logits.new_empty(rows, dtype=self.dtype)
         self.logits = logits
+        # Before a block is overwritten.
+        self.label_logit = logits.gather(1, self.label)[:, 0].to(self.dtype)
 
     def block(self, rows: slice, out: Tensor) -> None:
         """Fill `out` with exp(z - lse) over the classes other than the label (0 there), and note the row statistics."""
@@ -69,8 +71,7 @@ class _Pass:
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
-        label_logit = self.logits.gather(1, self.label)[:, 0].to(self.dtype)
-        label_logit = label_logit.masked_fill(~self.valid | (label_logit == math.inf), math.nan)
+        label_logit = self.label_logit.masked_fill(~self.valid | (self.label_logit == math.inf), math.nan)
         lead = label_logit - torch.where(self.row_max == -math.inf, 0, self.row_max)
         return lead - self.row_sum.log(), lead
 
@@ -91,10 +92,13 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
     return margins, torch.stack([walk.row_max, walk.row_sum, lead])
 
 
-def direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins and leads (N,), and the gradient for k = 1, (N, V): exp(z_j - lse), and -1 for the label."""
+def direction(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins and leads (N,), and the gradient for k = 1, (N, V): exp(z_j - lse), and -1 for the label.
+
+    `out` may be the logits themselves.
+    """
     walk = _Pass(logits, target, ignore_index)
-    out = _new_gradient(logits)
+    out = _new_gradient(logits) if out is None else out
     scratch = None if out.dtype == walk.dtype else _scratch(logits, walk.dtype)
     for rows in _blocks(*logits.shape):
         block = out[rows] if scratch is None else scratch[: rows.stop - rows.start]
@@ -119,10 +123,10 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
         matrix.index_fill_(0, zero, 0.0)
 
 
-def margin_gradient(logits: Tensor, target: Tensor, dmargin: Tensor, ignore_index: int) -> Tensor:
-    """dlogits (N, V) for a derivative by the margin (N,), from the logits."""
+def margin_gradient(logits: Tensor, target: Tensor, dmargin: Tensor, ignore_index: int, out: Tensor | None = None) -> Tensor:
+    """dlogits (N, V) for a derivative by the margin (N,), from the logits. `out` may be the logits themselves."""
     walk = _Pass(logits, target, ignore_index)
-    out = _new_gradient(logits)
+    out = _new_gradient(logits) if out is None else out
     scratch = _scratch(logits, walk.dtype)
     for rows in _blocks(*logits.shape):
         block = scratch[: rows.stop - rows.start]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _operators
+from . import _operators, _validation
 from ._rows import (
     RowTerms,
     Totals,
@@ -46,6 +46,7 @@ class Problem(NamedTuple):
     reduction: str
     ignore_index: int
     return_output: bool
+    inplace: bool  # the gradient, which is wanted, overwrites the logits
 
 
 class Received(NamedTuple):
@@ -65,7 +66,17 @@ class Result(NamedTuple):
 
 
 def needs_gradient(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad
+    # Within torch.vmap a tensor does not tell whether it requires grad.
+    return torch.is_grad_enabled() and (logits.requires_grad or _validation.is_batched(logits))
+
+
+def _in_forward(problem: Problem) -> bool:
+    """Whether the gradient, if one is wanted, may be written in the forward pass."""
+    # Traced code cannot overwrite an input of its graph in the forward pass and then again in the backward.
+    overwrites_twice = problem.inplace and torch.compiler.is_compiling()
+    # The batches of torch.vmap share one buffer, which the first of their backwards would use up.
+    shares = _validation.is_batched(problem.logits)
+    return needs_gradient(problem.logits) and problem.logits.dtype in IN_FORWARD and not (overwrites_twice or shares)
 
 
 def _valid(problem: Problem) -> Tensor:
@@ -108,9 +119,15 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     emphasis = problem.emphasis
     backward = needs_gradient(logits)
-    keep = impl == "cpu" and backward and logits.dtype in IN_FORWARD
-    if keep:
+    keep = impl == "cpu" and _in_forward(problem)
+    if keep and problem.inplace:
+        direction = logits.detach()
+        margin, lead = _operators.cpu_direction_(direction, target, ignore_index)
+    elif keep:
         margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index)
+    elif problem.inplace:
+        margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl)
+        lead = statistics[2]
     else:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl)
         lead = statistics[2]
@@ -132,6 +149,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         coefficient = coefficients(terms, totals)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient)
+    elif problem.inplace:
+        loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl)
     elif backward:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
@@ -144,23 +163,30 @@ def triton_loss(problem: Problem) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     family, params = problem.emphasis.family, problem.emphasis.params
     backward = needs_gradient(logits)
-    with torch.no_grad():
-        weight = _row_weight(problem)
-        normalizer = _normalizer(problem, weight)
+    weight = _row_weight(problem)
+    normalizer = _normalizer(problem, weight)
     known = problem.reduction == "mean" or problem.normalizer is not None
-    if backward and known and logits.dtype in IN_FORWARD:
+    in_forward = known and _in_forward(problem)
+    # The gradient is attached to the value afterwards; otherwise the operator brings its own.
+    attach = backward and not in_forward and (problem.inplace or problem.reduction == "none")
+    if in_forward and problem.inplace:
+        dlogits = logits.detach()
+        loss, rows, totals = _operators.triton_fused_(dlogits, target, weight, params, normalizer, family, ignore_index)
+        loss = _operators.attach_overwritten(logits, loss, dlogits)
+    elif in_forward:
         loss, rows, totals, dlogits = _operators.triton_fused(
             logits.detach(), target, weight, params, normalizer, family, ignore_index
         )
         loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index)
     else:
-        loss, rows, totals = _operators.triton_loss(logits, target, weight, params, normalizer, family, ignore_index)
+        given = logits.detach() if attach else logits
+        loss, rows, totals = _operators.triton_loss(given, target, weight, params, normalizer, family, ignore_index)
     rows, totals = rows.detach(), totals.detach()
     _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":
         loss = row_values(RowTerms(log_weight, sign, unit, value), 0.0, problem.emphasis.loss is not None)
-        if backward:
-            loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index)
+    if attach:
+        loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace)
     if not problem.return_output:
         return Result(loss)
     return Result(loss, _received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))

@@ -68,6 +68,15 @@ def _(logits, target, statistics, dmargin, ignore_index, impl):
     return logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("fused_dm::margin_gradient_", mutates_args={"logits"})
+def margin_gradient_(logits: Tensor, target: Tensor, statistics: Tensor, dmargin: Tensor, ignore_index: int, impl: str) -> None:
+    """Overwrite the logits by dlogits for a derivative by the margins (N,)."""
+    if impl == "triton":
+        _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, out=logits)
+    else:
+        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits)
+
+
 def _margin_setup(ctx, inputs, output) -> None:
     logits, target, ctx.ignore_index, ctx.impl = inputs
     ctx.save_for_backward(logits, target, output[1])
@@ -104,6 +113,79 @@ def _attach_to_margin_backward(ctx, dvalue):
 attach_to_margin.register_autograd(_attach_to_margin_backward, setup_context=_attach_to_margin_setup)
 
 
+# ---- The logits are overwritten by their gradient (inplace=True)
+
+
+class _Taken(torch.autograd.Function):
+    """The logits under another name, which stands in the graph where they stood."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        return dlogits
+
+
+class _Overwritten(torch.autograd.Function):
+    """The logits as everyone else knows them from now on: a gradient that arrives here comes from a later use of them."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        raise RuntimeError(
+            "dm_loss(inplace=True): the logits were used again after the loss had overwritten them; use them before it, take "
+            "what is needed from return_output=True, or pass inplace=False"
+        )
+
+
+def take(logits: Tensor) -> Tensor:
+    """The logits for the loss alone: a backward pass through any later use of them is an error.
+
+    Traced code cannot be told so, and gets them as they are.
+    """
+    if torch.compiler.is_compiling():
+        return logits
+    taken = _Taken.apply(logits)
+    _Overwritten.apply(logits)
+    return taken
+
+
+@torch.library.custom_op("fused_dm::attach_overwriting", mutates_args=())
+def attach_overwriting(
+    logits: Tensor, value: Tensor, target: Tensor, statistics: Tensor, coefficient: Tensor, ignore_index: int, impl: str
+) -> Tensor:
+    """`value`, () or (N,), whose gradient overwrites the logits in the backward: row by row, `coefficient` (N,) times that
+    of the negative margin.
+    """
+    return value.clone()
+
+
+@attach_overwriting.register_fake
+def _(logits, value, target, statistics, coefficient, ignore_index, impl):
+    return torch.empty_like(value)
+
+
+def _attach_overwriting_setup(ctx, inputs, output) -> None:
+    logits, _, target, statistics, coefficient, ctx.ignore_index, ctx.impl = inputs
+    ctx.save_for_backward(logits.detach(), target, statistics, coefficient)
+
+
+def _attach_overwriting_backward(ctx, dvalue):
+    _only_once(ctx)
+    dlogits, target, statistics, coefficient = ctx.saved_tensors
+    margin_gradient_(dlogits, target, statistics, -_times(coefficient, dvalue), ctx.ignore_index, ctx.impl)
+    return dlogits, None, None, None, None, None, None
+
+
+attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context=_attach_overwriting_setup)
+
+
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
@@ -122,6 +204,19 @@ def _(logits, target, ignore_index):
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(logits.shape),
     )
+
+
+@torch.library.custom_op("fused_dm::cpu_direction_", mutates_args={"logits"})
+def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Margins and leads (N,); the logits are overwritten by the gradient for a coefficient of 1."""
+    return _cpu.direction(logits, target, ignore_index, out=logits)[:2]
+
+
+@cpu_direction_.register_fake
+def _(logits, target, ignore_index):
+    dtype = compute_dtype(logits.dtype)
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
 @torch.library.custom_op("fused_dm::scale_rows_", mutates_args={"matrix"})
@@ -169,7 +264,7 @@ def triton_loss(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,); the logits are read once."""
-    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, False)[:3]
+    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index)
 
 
 @triton_loss.register_fake
@@ -193,6 +288,12 @@ def _(logits, target, rows, totals, dloss, ignore_index):
     return logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("fused_dm::triton_gradient_", mutates_args={"logits"})
+def triton_gradient_(logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int) -> None:
+    """Overwrite the logits by dlogits."""
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=logits)
+
+
 def _triton_loss_setup(ctx, inputs, output) -> None:
     logits, target, _, _, _, _, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1], output[2])
@@ -208,24 +309,34 @@ triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_
 
 
 @torch.library.custom_op("fused_dm::attach_rows", mutates_args=())
-def attach_rows(logits: Tensor, value: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int) -> Tensor:
-    """`value`, () or (N,), whose gradient by the logits is computed from the rows' numbers in the backward."""
+def attach_rows(
+    logits: Tensor, value: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int, inplace: bool
+) -> Tensor:
+    """`value`, () or (N,), whose gradient by the logits is computed from the rows' numbers in the backward, over the logits
+    if `inplace`.
+    """
     return value.clone()
 
 
 @attach_rows.register_fake
-def _(logits, value, target, rows, totals, ignore_index):
+def _(logits, value, target, rows, totals, ignore_index, inplace):
     return torch.empty_like(value)
 
 
 def _attach_rows_setup(ctx, inputs, output) -> None:
-    logits, _, target, rows, totals, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, rows, totals)
+    logits, _, target, rows, totals, ctx.ignore_index, ctx.inplace = inputs
+    ctx.save_for_backward(logits.detach() if ctx.inplace else logits, target, rows, totals)
 
 
 def _attach_rows_backward(ctx, dvalue):
-    logits, target, rows, totals = ctx.saved_tensors
-    return triton_gradient(logits, target, rows, totals, dvalue, ctx.ignore_index), None, None, None, None, None
+    if ctx.inplace:
+        _only_once(ctx)
+        dlogits, target, rows, totals = ctx.saved_tensors
+        triton_gradient_(dlogits, target, rows, totals, dvalue, ctx.ignore_index)
+    else:
+        logits, target, rows, totals = ctx.saved_tensors
+        dlogits = triton_gradient(logits, target, rows, totals, dvalue, ctx.ignore_index)
+    return dlogits, None, None, None, None, None, None
 
 
 attach_rows.register_autograd(_attach_rows_backward, setup_context=_attach_rows_setup)
@@ -245,7 +356,9 @@ def triton_fused(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
-    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, True)
+    dlogits = logits.new_empty(logits.shape)
+    found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, out=dlogits)
+    return *found, dlogits
 
 
 @triton_fused.register_fake
@@ -259,12 +372,67 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
     )
 
 
+@torch.library.custom_op("fused_dm::triton_fused_", mutates_args={"logits"})
+def triton_fused_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: Tensor,
+    normalizer: Tensor,
+    family: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), rows (7, N) and totals (3,); the logits are overwritten by dlogits for dloss = 1."""
+    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, out=logits)
+
+
+@triton_fused_.register_fake
+def _(logits, target, weight, params, normalizer, family, ignore_index):
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty(3, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("fused_dm::triton_multiply_", mutates_args={"dlogits"})
+def triton_multiply_(dlogits: Tensor, dloss: Tensor) -> None:
+    """Multiply dlogits by dloss (); nothing is written where it is 1."""
+    _triton().multiply_(dlogits, dloss)
+
+
+@torch.library.custom_op("fused_dm::attach_overwritten", mutates_args=())
+def attach_overwritten(logits: Tensor, value: Tensor, dlogits: Tensor) -> Tensor:
+    """`value` (), whose gradient by the logits is `dlogits` times its derivative. The logits themselves are gone."""
+    return value.clone()
+
+
+@attach_overwritten.register_fake
+def _(logits, value, dlogits):
+    return torch.empty_like(value)
+
+
+def _attach_overwritten_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _attach_overwritten_backward(ctx, dvalue):
+    _only_once(ctx)
+    (dlogits,) = ctx.saved_tensors
+    triton_multiply_(dlogits, dvalue)
+    return dlogits, None, None
+
+
+attach_overwritten.register_autograd(_attach_overwritten_backward, setup_context=_attach_overwritten_setup)
+
+
 @torch.library.custom_op("fused_dm::triton_rescale_", mutates_args={"dlogits"})
 def triton_rescale_(
     dlogits: Tensor, logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int
 ) -> None:
     """Replace the gradient for dloss = 1 by that for `dloss` (), computed anew; nothing is written where it is 1."""
-    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits)
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits, skip_one=True)
 
 
 @torch.library.custom_op("fused_dm::attach_gradient", mutates_args=())

@@ -60,6 +60,17 @@ def _family(family: str) -> dict:
     return {"LOG_WEIGHT": log_weight, "LOSS": loss}
 
 
+def _spans(logits: Tensor, whole_rows: bool) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile of a launch that needs no reduction, and so may cut rows where there are too few to fill a GPU."""
+    rows, classes = logits.shape
+    config = tile(classes, logits.element_size(), keep=False)
+    blocks = triton.cdiv(classes, config["BLOCK_V"])
+    tiles = triton.cdiv(rows, config["BLOCK_N"])
+    blocks_a_program = blocks if whole_rows else triton.cdiv(blocks, max(1, triton.cdiv(2048, tiles)))
+    span = blocks_a_program * config["BLOCK_V"]
+    return (tiles * triton.cdiv(classes, span),), {"SPAN": span, **config}
+
+
 def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
@@ -89,18 +100,17 @@ def loss_and_rows(
     normalizer: Tensor | None,
     family: str,
     ignore_index: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), rows (7, N), totals (3,) and dlogits for dloss = 1 (empty unless `with_gradient`): two launches."""
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), rows (7, N) and totals (3,), with dlogits (N, V) for dloss = 1 written to `out` if given: two launches."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
     dtype = compute_dtype(logits.dtype)
-    config = tile(logits.shape[1], logits.element_size(), keep=with_gradient)
+    config = tile(logits.shape[1], logits.element_size(), keep=out is not None)
     programs = triton.cdiv(rows, config["BLOCK_N"])
     buffer = logits.new_empty((7, rows), dtype=dtype)
     partials = logits.new_empty((3, programs), dtype=dtype)
     loss = logits.new_empty((), dtype=dtype)
     totals = logits.new_empty(3, dtype=torch.float64)
-    dlogits = logits.new_empty(logits.shape if with_gradient else 0)
     arguments = {
         "logits_ptr": logits,
         "target_ptr": target.contiguous(),
@@ -114,9 +124,14 @@ def loss_and_rows(
         **config,
     }
     with _device(logits):
-        if programs and with_gradient:
-            one_block = logits.shape[1] <= config["BLOCK_V"]
-            kernels.fused_kernel[(programs,)](normalizer_ptr=normalizer, dlogits_ptr=dlogits, ONE_BLOCK=one_block, **arguments)
+        if programs and out is not None:
+            kernels.fused_kernel[(programs,)](
+                normalizer_ptr=normalizer,
+                dlogits_ptr=out,
+                dlogits_row_stride=out.stride(0) // arguments["UNIT"],
+                ONE_BLOCK=logits.shape[1] <= config["BLOCK_V"],
+                **arguments,
+            )
         elif programs:
             kernels.forward_kernel[(programs,)](**arguments)
         kernels.totals_kernel[(1,)](
@@ -130,7 +145,7 @@ def loss_and_rows(
             num_warps=8,
             enable_fp_fusion=True,
         )
-    return loss, buffer, totals, dlogits
+    return loss, buffer, totals
 
 
 def gradient(
@@ -141,36 +156,42 @@ def gradient(
     dloss: Tensor,
     ignore_index: int,
     out: Tensor | None = None,
+    skip_one: bool = False,
 ) -> Tensor:
-    """dlogits from the rows' numbers: one launch.
+    """dlogits from the rows' numbers: one launch, into `out` where that is given; it may be the logits themselves.
 
-    Without `totals`, `dloss` is the derivative by the margins. With `out`, that holds the gradient for dloss = 1 and is
+    Without `totals`, `dloss` is the derivative by the margins. With `skip_one`, `out` holds the gradient for dloss = 1 and is
     written only if dloss is something else.
     """
     logits = _rows_contiguous(logits)
-    count, classes = logits.shape
     dlogits = logits.new_empty(logits.shape) if out is None else out
-    if count and classes:
-        config = tile(classes, logits.element_size(), keep=False)
-        blocks = triton.cdiv(classes, config["BLOCK_V"])
-        tiles = triton.cdiv(count, config["BLOCK_N"])
-        # A whole row a program, unless that leaves most of a GPU idle.
-        blocks_a_program = blocks if out is not None else triton.cdiv(blocks, max(1, triton.cdiv(2048, tiles)))
-        span = blocks_a_program * config["BLOCK_V"]
+    if logits.numel():
+        grid, config = _spans(logits, whole_rows=skip_one)
         dloss = dloss.contiguous()
+        sizes = _sizes(logits)
         with _device(logits):
-            kernels.gradient_kernel[(tiles * triton.cdiv(classes, span),)](
+            kernels.gradient_kernel[grid](
                 logits_ptr=logits,
                 target_ptr=target.contiguous(),
                 rows_ptr=rows,
                 totals_ptr=totals,
                 dloss_ptr=dloss,
                 dlogits_ptr=dlogits,
-                SPAN=span,
+                dlogits_row_stride=dlogits.stride(0) // sizes["UNIT"],
                 dloss_stride=1 if dloss.dim() else 0,
                 ignore_index=ignore_index,
-                SKIP_ONE=out is not None,
-                **_sizes(logits),
+                SKIP_ONE=skip_one,
+                **sizes,
                 **config,
             )
     return dlogits
+
+
+def multiply_(dlogits: Tensor, dloss: Tensor) -> None:
+    """Multiply dlogits (N, V) by dloss (), in place: one launch, whose programs return at once where dloss is 1."""
+    if dlogits.numel():
+        grid, config = _spans(dlogits, whole_rows=True)
+        sizes = _sizes(dlogits)
+        sizes["dlogits_row_stride"] = sizes.pop("logits_row_stride")
+        with _device(dlogits):
+            kernels.multiply_kernel[grid](dlogits_ptr=dlogits, dloss_ptr=dloss, **sizes, **config)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import edf
 
@@ -136,6 +137,62 @@ def check_normalizer_device(normalizer: float | Tensor | None, logits: Tensor) -
         raise ValueError(f"normalizer: expected device {logits.device}, that of logits, got {normalizer.device}")
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.vmap runs and the tensor is one of its batches; whether that requires grad is not told."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def check_transforms(logits: Tensor, impl: str) -> None:
+    """Refuse the transforms that would lose the gradient: torch.func's do not see an operator's, forward mode gets zeros."""
+    if impl == "reference":
+        if torch.compiler.is_exporting():
+            raise RuntimeError("impl='reference': cannot be exported, its gradient would be lost; use impl 'triton' or 'cpu'")
+        return
+    transformed = forward_ad._current_level >= 0
+    if not torch.compiler.is_compiling():  # there the tracer itself names the operator that torch.func.grad cannot take
+        transformed = transformed and forward_ad.unpack_dual(logits).tangent is not None
+        inner = logits
+        while not transformed and torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            transformed = torch._C._functorch.is_gradtrackingtensor(inner)
+            inner = torch._C._functorch.get_unwrapped(inner)
+    if transformed:
+        raise RuntimeError(
+            f"impl={impl!r}: expected plain autograd, got a torch.func transform (grad, jvp, ...) or forward-mode "
+            "differentiation; pass impl='reference' for those"
+        )
+
+
+def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
+    """Whether these logits, whose gradient is wanted, can be overwritten by it."""
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace: expected a bool, got {inplace!r}")
+    if inplace and is_batched(logits):
+        raise ValueError("inplace=True: expected logits outside torch.vmap")
+    if not (inplace and torch.is_grad_enabled() and logits.requires_grad):
+        return
+    # Everything that can be wrong is noticed before the first logit is overwritten.
+    if impl == "reference":
+        raise ValueError("inplace=True: expected impl 'triton' or 'cpu', got 'reference', which overwrites nothing")
+    if logits.is_leaf:
+        raise ValueError("inplace=True: expected logits that were computed, got a leaf tensor, whose data would be lost")
+    if not torch.compiler.is_compiling() and logits._base is not None and logits._base.is_leaf:
+        raise ValueError(
+            "inplace=True: expected logits that were computed, got a view of a leaf tensor, whose data would be lost"
+        )
+    rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        raise ValueError(f"inplace=True: expected logits whose classes are adjacent in memory, got strides {logits.stride()}")
+    if logits.dim() > 2 and not rows.is_contiguous():
+        raise ValueError(
+            "inplace=True: expected spatial logits in the channels-last layout, (N, d1, ..., dk, V) in memory, got strides "
+            f"{logits.stride()} for shape {tuple(logits.shape)}"
+        )
+    if logits.dim() == 2 and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"inplace=True: expected rows that do not overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
+        )
+
+
 def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:
     """The EDF that `emphasis` is or names, or the callable itself."""
     if isinstance(emphasis, str):
@@ -181,5 +238,6 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"target: expected labels in [0, {classes}) or ignore_index={ignore_index}, got {found}")
 
 
-def validates_labels() -> bool:
-    return os.environ.get("FUSED_DM_VALIDATE", "0") == "1" and not torch.compiler.is_compiling()
+def validates_labels(first: bool = False) -> bool:
+    """Whether to read the labels before anything is computed; `first` where afterwards would be too late."""
+    return (first or os.environ.get("FUSED_DM_VALIDATE", "0") == "1") and not torch.compiler.is_compiling()

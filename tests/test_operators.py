@@ -32,11 +32,13 @@ def operators(dtype, impl, **shape):
     margins, statistics = _operators.margin(plain, target, -100, impl)
     yield _operators.margin, (logits, target, -100, impl)
     yield _operators.margin_gradient, (plain, target, statistics, torch.ones_like(margins), -100, impl)
+    yield _operators.margin_gradient_, (plain.clone(), target, statistics, torch.ones_like(margins), -100, impl)
+    coefficient = margins.new_ones(rows)
     if impl == "cpu":
         value = margins.new_ones(()).requires_grad_(False)
-        coefficient = margins.new_ones(rows)
         yield _operators.attach_to_margin, (margins.clone().requires_grad_(), value, coefficient)
         yield _operators.cpu_direction, (plain, target, -100)
+        yield _operators.cpu_direction_, (plain.clone(), target, -100)
         direction = _operators.cpu_direction(plain, target, -100)[2]
         yield _operators.scale_rows_, (direction.clone(), coefficient)
         yield _operators.attach_direction, (logits, value, direction, coefficient)
@@ -47,9 +49,13 @@ def operators(dtype, impl, **shape):
     yield _operators.triton_loss, (logits, target, None, params, normalizer, "dm", -100)
     loss, buffer, totals = _operators.triton_loss(plain, target, None, params, None, "dm", -100)
     yield _operators.triton_gradient, (plain, target, buffer, totals, torch.ones_like(loss), -100)
-    yield _operators.attach_rows, (logits, loss, target, buffer, totals, -100)
+    yield _operators.triton_gradient_, (plain.clone(), target, buffer, totals, torch.ones_like(loss), -100)
+    yield _operators.attach_rows, (logits, loss, target, buffer, totals, -100, False)
     yield _operators.triton_fused, (plain, target, None, params, normalizer, "dm", -100)
     dlogits = _operators.triton_fused(plain, target, None, params, normalizer, "dm", -100)[3]
+    yield _operators.triton_fused_, (plain.clone(), target, None, params, normalizer, "dm", -100)
+    yield _operators.triton_multiply_, (dlogits.clone(), torch.full_like(loss, 2))
+    yield _operators.attach_overwritten, (logits, loss, dlogits.clone())
     yield _operators.triton_rescale_, (dlogits.clone(), plain, target, buffer, totals, torch.full_like(loss, 2), -100)
     yield _operators.attach_gradient, (logits, loss, dlogits, target, buffer, totals, -100)
 

@@ -14,7 +14,7 @@ EDGES = {
     "__init__": {"edf", "reference", "_api"},
     "_api": {"_loss", "_operators", "_validation", "edf", "reference"},
     "_cpu": {"_rows"},
-    "_loss": {"_operators", "_rows"},
+    "_loss": {"_operators", "_rows", "_validation"},
     "_operators": {"_cpu", "_rows", "_triton"},
     "_rows": set(),
     "_triton": {"_rows", "edf", "fused_dm_kernels"},

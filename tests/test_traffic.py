@@ -4,12 +4,11 @@ One pass over the logits is N V elements. A kernel reads or writes each element 
 order N besides.
 """
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 from batches import GPU, make
+from interpreter import counted
 
 from fused_dm import dm_loss, edf, margin
 
@@ -20,39 +19,6 @@ pytestmark = pytest.mark.skipif(
 DM = edf.DM(beta=8, lambd=0.5)
 # (N, V): one tile of several rows; part of a block; a block and a rest; what registers hold of 16 bits; three blocks and a rest
 SHAPES = [(70, 10), (3, 1000), (2, 4097), (2, 32768), (2, 3 * 16384 + 7)]
-
-
-class Traffic:
-    """The addresses of every lane that was loaded or stored."""
-
-    def __init__(self):
-        self.loads, self.stores = [], []
-
-    def take(self):
-        """Forget what has been counted, and return it."""
-        taken, self.loads, self.stores = (self.loads, self.stores), [], []
-        return tuple(np.concatenate([np.zeros(0, np.int64), *part]) for part in taken)
-
-
-@contextlib.contextmanager
-def counted():
-    from triton.runtime.interpreter import interpreter_builder
-
-    traffic, kind = Traffic(), type(interpreter_builder)
-    load, store = kind.create_masked_load, kind.create_masked_store
-
-    def masked_load(self, ptrs, mask, *rest):
-        traffic.loads.append(ptrs.data[mask.data.astype(bool)].astype(np.int64).ravel())
-        return load(self, ptrs, mask, *rest)
-
-    def masked_store(self, ptrs, value, mask, *rest):
-        traffic.stores.append(ptrs.data[mask.data.astype(bool)].astype(np.int64).ravel())
-        return store(self, ptrs, value, mask, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "create_masked_load", masked_load)
-        patch.setattr(kind, "create_masked_store", masked_store)
-        yield traffic
 
 
 def times(addresses, tensor):
@@ -123,6 +89,38 @@ def test_single_fused_kernel(shape, dloss, options, dtype):
     again = 0 if dloss == 1 else 1
     assert (times(later_loads, logits)[0] == again).all()
     assert (times(later_stores, leaf.grad)[0] == again).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dloss", [1.0, 2.0])
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean"}], ids=["sum_weight", "mean"])
+def test_in_place(shape, dloss, options):
+    """As often as without it, and the writes go where the reads came from."""
+    from fused_dm import _triton
+
+    values, target = make(*shape)
+    leaf = values.requires_grad_()
+    logits = leaf * 1
+    with counted() as traffic:
+        loss = dm_loss(logits, target, DM, impl="triton", inplace=True, **options)
+        loads, stores = traffic.take()
+        loss.backward(torch.tensor(dloss))
+        later_loads, later_stores = traffic.take()
+    read, written = times(loads, logits)[0].sum(), times(stores, logits)[0]
+    later_read, later_written = times(later_loads, logits)[0], times(later_stores, logits)[0]
+    if options:
+        block = _triton.tile(shape[1], logits.element_size(), keep=True)["BLOCK_V"]
+        in_registers = shape[1] if shape[1] <= block else shape[1] % block or block
+        assert read == shape[0] * (2 * shape[1] - in_registers + 1)
+        assert (written == 1).all()
+        # A gradient that is overwritten cannot be computed anew: it is multiplied.
+        again = 0 if dloss == 1 else 1
+    else:
+        assert read == shape[0] * (shape[1] + 1)
+        assert (written == 0).all()
+        again = 1
+    assert (later_read == again).all()
+    assert (later_written == again).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -5,4 +5,5 @@ from .forward import forward_kernel as forward_kernel
 from .forward import margin_kernel as margin_kernel
 from .fused import fused_kernel as fused_kernel
 from .gradient import gradient_kernel as gradient_kernel
+from .gradient import multiply_kernel as multiply_kernel
 from .reduction import totals_kernel as totals_kernel

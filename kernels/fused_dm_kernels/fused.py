@@ -30,10 +30,11 @@ def fused_kernel(
     normalizer_ptr,  # () fp64
     rows_ptr,  # (7, N) out
     partials_ptr,  # (3, programs) out
-    dlogits_ptr,  # (N, V) out, contiguous
+    dlogits_ptr,  # (N, V) out; may be the logits themselves
     N,
     V,  # in units of UNIT
     logits_row_stride,  # in units of UNIT
+    dlogits_row_stride,  # in units of UNIT
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
@@ -51,6 +52,7 @@ def fused_kernel(
     tile = tl.program_id(0)
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
     row_start = row * logits_row_stride * UNIT
+    out_start = row * dlogits_row_stride * UNIT
     label_logit = load_label(logits_ptr, row_start, target, V, valid)
     row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
     row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
@@ -68,10 +70,10 @@ def fused_kernel(
     active = k != 0.0
     exps = tl.where(active[:, None], exps, 0.0)
     last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    store_block(dlogits_ptr, row, last, gradient_of(exps, last, target, k, row_sum), V, exists)
+    store_block(dlogits_ptr, out_start, last, gradient_of(exps, last, target, k, row_sum), V, exists)
     base = tl.where(active, finite_max(row_max), 0.0)
     for done in range(1, blocks):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
         others = other_classes(load_block(logits_ptr, row_start, again, V, active), again, target)
         gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum)
-        store_block(dlogits_ptr, row, again, gradient, V, exists)
+        store_block(dlogits_ptr, out_start, again, gradient, V, exists)

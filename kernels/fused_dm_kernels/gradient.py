@@ -1,4 +1,4 @@
-"""The gradient kernel: one read and one write of the logits."""
+"""Kernels that write the gradient from numbers of the rows, and one that multiplies a written gradient."""
 
 import triton
 import triton.language as tl
@@ -14,11 +14,12 @@ def gradient_kernel(
     rows_ptr,  # (7, N), or (3, N) without totals
     totals_ptr,  # (3,) fp64, or None: dloss is then the derivative by the margin
     dloss_ptr,  # () or (N,)
-    dlogits_ptr,  # (N, V) out, contiguous
+    dlogits_ptr,  # (N, V) out; may be the logits themselves
     N,
     V,  # in units of UNIT
     SPAN,  # columns a program covers, a multiple of BLOCK_V
     logits_row_stride,  # in units of UNIT
+    dlogits_row_stride,  # in units of UNIT
     dloss_stride,
     ignore_index,
     SKIP_ONE: tl.constexpr,
@@ -34,6 +35,7 @@ def gradient_kernel(
     end = tl.minimum(begin + SPAN, V)
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
     row_start = row * logits_row_stride * UNIT
+    out_start = row * dlogits_row_stride * UNIT
     row_max = tl.load(rows_ptr + row, mask=exists, other=0.0)
     row_sum = tl.load(rows_ptr + row + N, mask=exists, other=0.0)
     dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
@@ -53,4 +55,35 @@ def gradient_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         logits = load_block(logits_ptr, row_start, cols, V, active)
         exps = exp(other_classes(logits, cols, target) - base[:, None])
-        store_block(dlogits_ptr, row, cols, gradient_of(exps, cols, target, k, row_sum), V, exists)
+        store_block(dlogits_ptr, out_start, cols, gradient_of(exps, cols, target, k, row_sum), V, exists)
+
+
+@triton.jit(do_not_specialize=["N"])
+def multiply_kernel(
+    dlogits_ptr,  # (N, V) in and out
+    dloss_ptr,  # ()
+    N,
+    V,  # in units of UNIT
+    SPAN,  # columns a program covers, a multiple of BLOCK_V
+    dlogits_row_stride,  # in units of UNIT
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A program owns BLOCK_N rows by SPAN columns of dlogits and multiplies them by dloss; it does nothing where that is 1."""
+    V *= UNIT
+    spans = tl.cdiv(V, SPAN)
+    begin = (tl.program_id(0) % spans) * SPAN
+    row = (tl.program_id(0) // spans).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = row < N
+    row_start = row * dlogits_row_stride * UNIT
+    dloss = tl.load(dloss_ptr)
+    end = tl.where(dloss == 1.0, begin, tl.minimum(begin + SPAN, V))
+    for start in range(begin, end, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        inside = exists[:, None] & (cols < V)[None, :]
+        at = dlogits_ptr + row_start[:, None] + cols[None, :]
+        gradient = tl.load(at, mask=inside, other=0.0).to(dloss.dtype)
+        # 0 stays 0 whatever dloss is: the row may not count.
+        gradient = tl.where(gradient == 0.0, 0.0, gradient * dloss)
+        tl.store(at, gradient.to(dlogits_ptr.dtype.element_ty), mask=inside)

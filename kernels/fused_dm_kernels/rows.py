@@ -147,8 +147,8 @@ def gradient_of(exps, cols, target, k, row_sum):
 
 
 @triton.jit
-def store_block(dlogits_ptr, row, cols, gradient, V, exists):
-    """Write a block of the contiguous gradient, rounded once to its dtype."""
+def store_block(dlogits_ptr, row_start, cols, gradient, V, exists):
+    """Write a block of the gradient, rounded once to its dtype."""
     inside = exists[:, None] & (cols < V)[None, :]
     gradient = gradient.to(dlogits_ptr.dtype.element_ty)
-    tl.store(dlogits_ptr + row[:, None] * V + cols[None, :], gradient, mask=inside)
+    tl.store(dlogits_ptr + row_start[:, None] + cols[None, :], gradient, mask=inside)

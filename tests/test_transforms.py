@@ -1,0 +1,233 @@
+"""What torch does to a loss besides one forward and one backward: each is right or a clear error, eager and compiled."""
+
+import io
+
+import pytest
+import torch
+from batches import device_of, make
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from fused_dm import DMLoss, dm_loss, edf, margin
+
+DM = edf.DM(beta=8, lambd=0.5)
+IMPLEMENTATIONS = ("cpu", "triton")
+REDUCTIONS = ({}, {"reduction": "mean"}, {"reduction": "none"})
+EMPHASES = (DM, edf.CCE(), lambda log_p, log_q: 2 * log_q)
+
+every_way = [
+    pytest.mark.parametrize("impl", IMPLEMENTATIONS),
+    pytest.mark.parametrize("options", REDUCTIONS, ids=str),
+    pytest.mark.parametrize("emphasis", EMPHASES, ids=["dm", "cce", "custom"]),
+]
+
+
+def each(test):
+    for mark in every_way:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def leaf_of(logits, impl):
+    return logits.to(device_of(impl), copy=True).requires_grad_()
+
+
+def plain_gradient(impl, logits, target, emphasis, options):
+    leaf = leaf_of(logits, impl)
+    dm_loss(leaf * 2, target.to(leaf.device), emphasis, impl=impl, **options).sum().backward()
+    return leaf.grad
+
+
+@each
+@pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_activation_checkpointing(impl, options, emphasis, inplace, compiled, reentrant):
+    logits, target = make(6, 9)
+    leaf, where = leaf_of(logits, impl), target.to(device_of(impl))
+
+    def segment(z):
+        return dm_loss(z * 2, where, emphasis, impl=impl, inplace=inplace, **options).sum()
+
+    def step(z):
+        return checkpoint(segment, z, use_reentrant=reentrant)
+
+    (torch.compile(step, backend="aot_eager") if compiled else step)(leaf).backward()
+    assert torch.equal(leaf.grad, plain_gradient(impl, logits, target, emphasis, options))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE()], ids=str)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_export_save_and_load(impl, options, strict, emphasis):
+    logits, target = make(6, 9)
+    where = target.to(device_of(impl))
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(9, 9)
+            self.criterion = DMLoss(emphasis, impl=impl, **options)
+
+        def forward(self, features, target):
+            return self.criterion(self.linear(features), target)
+
+    head = Head().to(device_of(impl))
+    features = logits.to(device_of(impl))
+    program = torch.export.export(head, (features, where), strict=strict)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    theirs = loaded(features, where)
+    ours = head(features, where)
+    assert torch.equal(theirs, ours)
+    theirs.sum().backward()
+    ours.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+    assert gradients
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name])
+
+
+def test_the_reference_is_not_exported():
+    class Loss(torch.nn.Module):
+        def forward(self, logits, target):
+            return dm_loss(logits, target, DM, impl="reference")
+
+    with pytest.raises(RuntimeError, match="impl='reference': cannot be exported, its gradient would be lost"):
+        torch.export.export(Loss(), make(6, 9), strict=False)
+
+
+# torch says that its generic rule for batches is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@each
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_vmap(impl, options, emphasis, compiled):
+    batches = [make(6, 9, seed=seed) for seed in range(3)]
+    leaf = leaf_of(torch.stack([batch.logits for batch in batches]), impl)
+    targets = torch.stack([batch.target for batch in batches]).to(leaf.device)
+
+    def one(logits, target):
+        return dm_loss(logits * 2, target, emphasis, impl=impl, **options)
+
+    def every(logits, targets):
+        return torch.vmap(one)(logits, targets)
+
+    losses = (torch.compile(every, backend="aot_eager") if compiled else every)(leaf, targets)
+    losses.sum().backward()
+    for loss, gradient, (logits, target) in zip(losses, leaf.grad, batches, strict=True):
+        plain = leaf_of(logits, impl)
+        alone = one(plain, target.to(plain.device))
+        alone.sum().backward()
+        # The batch may be computed by the margin operator where one call is computed by the fused kernel.
+        torch.testing.assert_close(loss, alone)
+        torch.testing.assert_close(gradient, plain.grad)
+
+
+@each
+def test_vmap_refuses_to_overwrite(impl, options, emphasis):
+    logits = torch.zeros(3, 6, 9, device=device_of(impl), requires_grad=True) * 1
+    target = torch.zeros(6, dtype=torch.int64, device=device_of(impl))
+    with pytest.raises(ValueError, match=r"inplace=True: expected logits outside torch.vmap"):
+        torch.vmap(lambda z: dm_loss(z, target, emphasis, impl=impl, inplace=True, **options))(logits)
+
+
+# torch's own forward-mode decompositions use torch.jit.script.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@each
+def test_transforms_that_would_lose_the_gradient(impl, options, emphasis):
+    logits, target = (tensor.to(device_of(impl)) for tensor in make(6, 9))
+
+    def loss(z):
+        return dm_loss(z, target, emphasis, impl=impl, **options).sum()
+
+    def margins(z):
+        return margin(z, target, impl=impl).sum()
+
+    def dual(function):
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(logits, logits))
+
+    for function in (loss, margins):
+        for transform in (
+            lambda function: torch.func.grad(function)(logits),
+            lambda function: torch.func.jvp(function, (logits,), (logits,)),
+            lambda function: torch.func.vmap(torch.func.grad(function))(logits[None]),
+            dual,
+        ):
+            with pytest.raises(RuntimeError, match=rf"impl='{impl}': expected plain autograd.*pass impl='reference'"):
+                transform(function)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_transforms_in_compiled_code(impl):
+    logits, target = (tensor.to(device_of(impl)) for tensor in make(6, 9))
+
+    def loss(z):
+        return dm_loss(z, target, DM, impl=impl)
+
+    with pytest.raises(RuntimeError, match=rf"impl='{impl}': expected plain autograd"):
+        torch.compile(lambda z: torch.func.jvp(loss, (z,), (z,)), backend="aot_eager")(logits)
+    with pytest.raises(RuntimeError, match="fused_dm"):
+        torch.compile(torch.func.grad(loss), backend="aot_eager")(logits)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_second_backward(impl, options, emphasis, dtype, compiled):
+    """Right, or an error that names retain_graph: where a buffer was used up, which depends on the path taken."""
+    logits, target = make(6, 9, dtype)
+    leaf, where = leaf_of(logits, impl), target.to(device_of(impl))
+
+    def step(z):
+        return dm_loss(z, where, emphasis, impl=impl, **options)
+
+    loss = (torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step)(leaf).sum()
+    loss.backward(retain_graph=True)
+    first, leaf.grad = leaf.grad.clone(), None
+    fused = impl == "triton" and isinstance(emphasis, edf.EDF)
+    keeps = dtype == torch.float32 and (options.get("reduction") == "mean" if fused else impl == "cpu")
+    if keeps and not compiled:
+        with pytest.raises(RuntimeError, match=r"backward\(retain_graph=True\)"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert torch.equal(first, leaf.grad)
+    # Without retain_graph torch itself refuses.
+    loss = step(leaf).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"second time|used up"):
+        loss.backward()
+
+
+@each
+@pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_double_backward_of_compiled_code(impl, options, emphasis, inplace):
+    logits, target = make(6, 9)
+    leaf, where = leaf_of(logits, impl), target.to(device_of(impl))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(z):
+        return dm_loss(z * 2, where, emphasis, impl=impl, inplace=inplace, **options)
+
+    (gradient,) = torch.autograd.grad(step(leaf).sum(), leaf, create_graph=True)
+    total = gradient.sum()
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        total.backward()
