@@ -12,6 +12,7 @@ The module imports nothing of the package. It takes any float dtype, computes in
 everything; in fp64 it is the truth for the tests.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
+LOG_FLOOR = math.log(1e-8)
 
 
 class ReferenceOutput(NamedTuple):
@@ -81,12 +83,12 @@ class _Once(torch.autograd.Function):
 
 
 def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
-    """log p, log q, w and the direction over (2 q + eps), as the formula is written."""
+    """log p, log q, log w and the direction over (2 q + eps), as the formula is written."""
     softmax = torch.softmax(logits, 1)
     p = softmax.gather(1, label)[:, 0]
     onehot = torch.zeros_like(logits).scatter(1, label, 1.0)
     direction = (softmax - onehot) / (2 * (1 - p) + eps)[:, None]
-    return p.clamp(min=FLOAT32_TINY).log(), torch.log1p(-p), emphasis.weight(p), direction
+    return p.clamp(min=FLOAT32_TINY).log(), torch.log1p(-p), emphasis.weight(p).double().log(), direction
 
 
 def _stable(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
@@ -94,13 +96,12 @@ def _stable(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[T
     margin, others = _exclusive(logits, label)
     log_p, log_q = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     log_weight = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
-    # In fp64, so that the sum of weights overflows as late as can be.
-    weight = torch.exp(log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)).double())
+    log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)).double()
     q = torch.sigmoid(-margin)
     norm = q / (2 * q + eps) if eps else torch.full_like(q, 0.5)
     direction = norm[:, None] * others.scatter(1, label, -1.0)
     direction = torch.where((margin == torch.inf)[:, None], 0, direction)
-    return log_p, log_q, torch.where(margin.isnan(), margin.double(), weight), direction
+    return log_p, log_q, torch.where(margin.isnan(), margin.double(), log_w), direction
 
 
 def _exclusive(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +154,7 @@ def dm_loss(
     target = target.long()
     valid = target != ignore_index
     label = torch.where(valid, target, 0)[:, None]
-    log_p, log_q, w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
-    value = closed_form(log_p, log_q).double() if closed_form else torch.where(w == 0, 0, -w * log_p)
+    log_p, log_q, log_w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
 
     c = valid.double()
     if weight is not None:
@@ -162,23 +162,33 @@ def dm_loss(
     if sample_weight is not None:
         c = torch.where(valid, c * sample_weight.double(), 0)
     counts = c != 0
-    cw = torch.where(counts, c * w, 0)
-    sum_weight = 1e-8 + cw.sum()
+    # Weights that are divided by their sum are kept relative to the largest, so that none overflows.
+    scale = torch.zeros((), dtype=torch.float64, device=z.device)
     if reduction == "sum_weight":
-        divisor = sum_weight
+        counted = torch.where(counts & (log_w > LOG_FLOOR), log_w, LOG_FLOOR)
+        scale = torch.cat([counted, counted.new_full((1,), LOG_FLOOR)]).amax()
+    w = torch.exp(log_w - scale)
+    if closed_form:
+        value = closed_form(log_p, log_q).double() * torch.exp(-scale)
+    else:
+        value = torch.where((w == 0) | (log_p == 0), 0, -w * log_p)
+    cw = torch.where(counts, c * w, 0)
+    relative_sum = 1e-8 * torch.exp(-scale) + cw.sum()
+    if reduction == "sum_weight":
+        divisor = relative_sum
     elif reduction == "mean":
         divisor = torch.where(counts.any(), c.sum(), 1)
     else:
         divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=torch.float64, device=z.device)
     value = torch.where(counts, c * value, 0) / divisor
-    gradient = torch.where(counts[:, None], (cw / divisor).to(z.dtype)[:, None] * direction, 0)
+    gradient = torch.where(counts[:, None] & (direction != 0), (cw / divisor).to(z.dtype)[:, None] * direction, 0)
     value = (value if reduction == "none" else value.sum()).to(z.dtype)
     others = z.scatter(1, label, -torch.inf)
     return ReferenceOutput(
         loss=_Defined.apply(logits, value, gradient),
         example_weight=torch.where(counts, cw / divisor, 0).to(z.dtype),
         target_prob=torch.where(valid, log_p.exp(), torch.nan),
-        sum_weight=sum_weight,
+        sum_weight=relative_sum * torch.exp(scale),
         correct=valid & ~log_p.isnan() & (z.gather(1, label) >= others).all(1),
     )
 

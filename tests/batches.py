@@ -22,6 +22,50 @@ EMPHASES = (
     edf.MAE(),
     edf.GCE(q=0.7),
 )
+# Every other EDF of the catalogue, at ordinary parameters and at the ends of their ranges.
+CATALOGUE = (
+    edf.Normal(psi=0.3, beta=20),
+    edf.Normal(psi=1.2, beta=-5),
+    edf.Beta(alpha=2, eta=3),
+    edf.Beta(alpha=0.5, eta=3),
+    edf.Beta(alpha=3, eta=0.5),
+    edf.DFT(),
+    edf.MSE(),
+    edf.TruncatedGCE(q=0.7, k=0.5),
+    edf.Focal(gamma=0),
+    edf.Focal(gamma=2),
+    edf.SCE(alpha=0.1, beta=1, A=4),
+    edf.SCE(alpha=0, beta=1, A=4),
+    edf.TaylorCE(t=1),
+    edf.TaylorCE(t=6),
+    edf.TaylorCE(t=64),
+    edf.Poly1(eps=2),
+    edf.Poly1(eps=-0.5),
+    edf.Poly1(eps=-1),
+    edf.PHuberCE(tau=10),
+    edf.PHuberCE(tau=1),
+    edf.AUL(a=1.5, q=0.9),
+    edf.AUL(a=1, q=2),
+    edf.AGCE(a=1, q=2),
+    edf.AGCE(a=0, q=0.7),
+    edf.AEL(a=2.5),
+    edf.AEL(a=0.1),
+    edf.JS(pi=0.5),
+    edf.JS(pi=0.01),
+    edf.JS(pi=0.99),
+    edf.SelfPaced(threshold=1.5),
+    edf.SelfPacedLinear(threshold=2),
+)
+COMPOSITIONS = (
+    0.1 * edf.CCE() + 4 * edf.MAE(),
+    edf.DM(beta=8, lambd=0.5) * edf.CCE(),
+    edf.DM(beta=8, lambd=0.5) + 2 * edf.GCE(q=0.5) + edf.Uniform(),
+    2 * (edf.Beta(alpha=0.5, eta=2) * edf.MSE() * (edf.MAE() + edf.JS())),
+    edf.GCE(q=0.7).truncate(0.2, 0.9),
+    (edf.CCE() + edf.Focal()).truncate(0, 0.75),
+    edf.MAE().floor(0.1),
+    (edf.TruncatedGCE() + edf.IMAE()).floor(1e-30) * (3 * edf.SelfPacedLinear(threshold=4)),
+)
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
 # (N, V), each with its reason. Blocks hold 4096 classes; in the fused kernel 16384, or a whole row of up to 64 KiB.

@@ -105,7 +105,10 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     counts = c != 0
     log_cw = torch.where(counts, log_weight + c.abs().log(), 0)
     depth_each, depth, reach = depths(logits, target, ignore_index)
-    rounding = BASE + 4 * (log_weight.abs() + torch.where(counts, c.abs().log().abs(), 0))
+    # A weight that is exactly 0 has no error.
+    rounding = BASE + 4 * (
+        torch.where(log_weight == -math.inf, 0, log_weight.abs()) + torch.where(counts, c.abs().log().abs(), 0)
+    )
 
     def error(*slopes: Tensor) -> Tensor:
         """The relative error of a row's number whose logarithm has these slopes, in units of u."""
@@ -135,8 +138,15 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     # The coefficient of the row: half the L1 norm of its gradient.
     k = dlogits.abs().sum(1).nan_to_num(0, 0, 0) / 2
     tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
-    values = reference.dm_loss(logits.double(), target, emphasis, **{**options, "reduction": "none", "normalizer": None}).loss
-    scale = 1.0 if per_row else (loss.abs() / values.sum().abs()).nan_to_num(1, 1, 1)
+    if per_row or has_loss:
+        values = {**options, "reduction": "none", "normalizer": None}
+        values = reference.dm_loss(logits.double(), target, emphasis, **values).loss
+        scale = 1.0 if per_row else (loss.abs() / values.sum().abs()).nan_to_num(1, 1, 1)
+    else:
+        # c w / D times -log p: no weight overflows.
+        cross_entropy = torch.nn.functional.softplus(-margin)
+        values = torch.where(exact.example_weight == 0, 0, exact.example_weight * cross_entropy)
+        scale = 1.0
     one = torch.finfo(torch.float32).tiny
     value_error = values.abs() * (row_value + on_divisor) * u
     allowed = {
