@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import fused_dm
-from fused_dm import _api, edf
+from fused_dm import _api, edf, schedules
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.parametrize("module", [_api, edf], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_api, edf, schedules], ids=lambda module: module.__name__)
 def test_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
