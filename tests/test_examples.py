@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import fused_dm
-from fused_dm import _api, edf, schedules
+from fused_dm import _api, _environment, _report, edf, schedules
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.parametrize("module", [_api, edf, schedules], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_api, _environment, _report, edf, schedules], ids=lambda module: module.__name__)
 def test_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
@@ -20,7 +20,7 @@ def test_docstrings(module):
 
 
 def test_public_functions_have_whole_docstrings():
-    for name in ("dm_loss", "DMLoss", "margin"):
+    for name in ("dm_loss", "DMLoss", "margin", "emphasis_report"):
         text = getattr(fused_dm, name).__doc__
         for part in ("Args:", "Raises:", "Example:"):
             assert part in text, f"{name}: expected {part}"
