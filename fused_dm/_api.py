@@ -73,9 +73,9 @@ def _default_eps(emphasis: Any, eps: float | None) -> float:
     return 0.0 if isinstance(emphasis, edf.EDF) and emphasis.has_loss else 1e-6
 
 
-def _custom(log_weight: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    def checked(log_p: Tensor, log_q: Tensor) -> Tensor:
-        value = log_weight(log_p, log_q)
+def _custom(log_weight: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def checked(log_p: Tensor, log_q: Tensor, *params: Tensor) -> Tensor:
+        value = log_weight(log_p, log_q, *params)
         if not isinstance(value, Tensor) or value.shape != log_p.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"emphasis: expected log_weight to return a tensor of shape {tuple(log_p.shape)}, got {got}")
@@ -86,7 +86,10 @@ def _custom(log_weight: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
 
 def _emphasis(emphasis: edf.EDF | Callable, params: Tensor) -> Emphasis:
     if isinstance(emphasis, edf.EDF):
-        return Emphasis(emphasis.family, params, *edf.FAMILIES[emphasis.family])
+        log_weight, loss = emphasis.forms
+        if emphasis.structure is None:
+            log_weight = _custom(log_weight)
+        return Emphasis(emphasis.family if emphasis.fused else None, params, log_weight, loss)
     return Emphasis(None, params, _custom(emphasis), None)
 
 
@@ -152,7 +155,7 @@ def _compute(
             ignore_index=ignore_index,
             return_output=return_output,
         )
-        fused = impl == "triton" and isinstance(emphasis, edf.EDF)
+        fused = impl == "triton" and problem.emphasis.family is not None
         loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
     if reduction == "none":
         loss = loss.reshape(target.shape)
@@ -347,8 +350,14 @@ class DMLoss(torch.nn.Module):
         density = _validation.check_emphasis(emphasis)
         if not (isinstance(density, edf.EDF) and isinstance(self.emphasis, edf.EDF)):
             raise ValueError("set_emphasis: expected a built-in EDF here and at construction, got a callable")
-        if density.family != self.emphasis.family:
-            raise ValueError(f"set_emphasis: expected an EDF of the family {self.emphasis.family!r}, got {density}")
+        structure = self.emphasis.structure
+        if structure is None or density.structure is None:
+            raise ValueError(
+                "set_emphasis: expected EDFs whose numbers alone differ, here and at construction, got a subclass with a "
+                f"log_weight or loss of its own: {density if density.structure is None else self.emphasis}"
+            )
+        if density.structure != structure:
+            raise ValueError(f"set_emphasis: expected an EDF of the family {structure!r}, got {density}")
         self.emphasis = density
         # A copy from the host would wait for the GPU; a fill does not.
         for slot, value in zip(self.emphasis_params.unbind(), (self.eps, *density.params), strict=True):
