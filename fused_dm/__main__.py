@@ -11,9 +11,9 @@ def main() -> None:
         require("fused-dm", "cli", "typer", "rich")
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}")
-    from . import _cli
+    from ._cli import app
 
-    _cli.app(prog_name="fused-dm")
+    app(prog_name="fused-dm")
 
 
 if __name__ == "__main__":

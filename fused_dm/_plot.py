@@ -87,7 +87,7 @@ def _draw_curves(axes: Axes, densities: Sequence[edf.EDF], curves: Sequence[Tens
             log_p, log_q = p.log().clamp(min=-1e30), torch.log1p(-p).clamp(min=-1e30)
             peak = torch.exp(density.log_weight(log_p, log_q) - log_scale).item()
             if math.isfinite(peak):
-                place = {"color": COLORS[index % len(COLORS)], "markersize": 9, "clip_on": False, "zorder": 4}
+                place: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "markersize": 9, "clip_on": False, "zorder": 4}
                 axes.plot([p.item()], [peak], "o", markeredgecolor="white", **place)
 
 

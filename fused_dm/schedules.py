@@ -46,6 +46,35 @@ class _Criterion(Protocol):
     def set_emphasis(self, emphasis: edf.EDF | str) -> None: ...
 
 
+def _named(density: edf.EDF, prefix: str = "") -> dict[str, float]:
+    """The parameters of an EDF by name; those of the parts of a composition by names such as "parts.0.beta"."""
+    found: dict[str, float] = {}
+    for field in dataclasses.fields(density):
+        value, name = getattr(density, field.name), f"{prefix}{field.name}"
+        if isinstance(value, edf.EDF):
+            found |= _named(value, f"{name}.")
+        elif isinstance(value, tuple):
+            for index, part in enumerate(value):
+                found |= _named(part, f"{name}.{index}.")
+        elif isinstance(value, (int, float)):
+            found[name] = value
+    return found
+
+
+def _replaced(density: edf.EDF, values: dict[str, float], prefix: str = "") -> edf.EDF:
+    """The EDF with other parameters, by the names of `_named`."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(density):
+        value, name = getattr(density, field.name), f"{prefix}{field.name}"
+        if name in values:
+            changes[field.name] = values[name]
+        elif isinstance(value, edf.EDF):
+            changes[field.name] = _replaced(value, values, f"{name}.")
+        elif isinstance(value, tuple):
+            changes[field.name] = tuple(_replaced(part, values, f"{name}.{index}.") for index, part in enumerate(value))
+    return dataclasses.replace(density, **changes)
+
+
 def _parameters(criterion: torch.nn.Module, name: str) -> dict[str, float]:
     """The parameters of the criterion's EDF by name."""
     if not (isinstance(criterion, torch.nn.Module) and hasattr(criterion, "set_emphasis")):
@@ -53,8 +82,7 @@ def _parameters(criterion: torch.nn.Module, name: str) -> dict[str, float]:
     density = criterion.emphasis
     if not isinstance(density, edf.EDF):
         raise ValueError(f"{name}: expected a criterion with a built-in EDF; a callable has no parameters to schedule")
-    values = {field.name: getattr(density, field.name) for field in dataclasses.fields(density)}
-    return {field: value for field, value in values.items() if isinstance(value, (int, float))}
+    return _named(density)
 
 
 def _number(name: str, parameter: str, value: Any) -> float:
@@ -83,7 +111,8 @@ class Schedule(torch.nn.Module):
             `schedule` (`schedule2` and so on if there are several, of different parameters); `del criterion.schedule` ends
             it.
         milestones: increasing numbers of steps, at least 1.
-        values: of each scheduled parameter, by name, one value more than there are milestones: the first is that of step 0.
+        values: of each scheduled parameter, by name, one value more than there are milestones: the first is that of step 0. The
+            parameters of a composition's parts have names such as "parts.0.beta", or "part.q".
 
     Attributes:
         last_step: how many steps were made. The `state_dict` holds it and the values of step 0, as CPU tensors.
@@ -147,7 +176,7 @@ class Schedule(torch.nn.Module):
 
     def emphasis_at(self, step: int) -> edf.EDF:
         """The EDF after `step` steps; parameters that are not scheduled have their present values."""
-        return dataclasses.replace(self._criterion[0].emphasis, **self.values_at(step))
+        return _replaced(self._criterion[0].emphasis, self.values_at(step))
 
     def step(self) -> None:
         """Make a step: the criterion gets the next EDF. Call it after `optimizer.step()`, outside of compiled code."""

@@ -88,6 +88,21 @@ def test_parameters_have_the_names_of_the_edf(emphasis, parameter, end):
     assert criterion.emphasis_params.tolist() == [criterion.eps, *criterion.emphasis.params]
 
 
+def test_parts_of_compositions():
+    criterion = DMLoss("0.5*cce+gce:q=0.9", reduction="mean")
+    schedule = Linear(criterion, steps=2, **{"parts.0.factor": 1, "parts.1.q": 0.5})
+    for _ in range(2):
+        schedule.step()
+    assert criterion.emphasis == edf.parse("1*cce+gce:q=0.5")
+    assert criterion.emphasis_params.tolist() == [0, *criterion.emphasis.params]
+    assert set(criterion.state_dict()) == {"schedule.last_step", "schedule.start.parts.0.factor", "schedule.start.parts.1.q"}
+    truncated = DMLoss("mae[0.2,0.9]")
+    Linear(truncated, steps=2, low=(0, 0.5))
+    assert truncated.emphasis == edf.MAE().truncate(0, 0.9)
+    with pytest.raises(ValueError, match=r"known: parts\.0\.factor, parts\.1\.q"):
+        Linear(criterion, steps=2, q=0.5)
+
+
 def test_what_is_shown_is_the_present():
     criterion = criterion_at()
     schedule = Linear(criterion, steps=4, beta=8)
@@ -238,14 +253,16 @@ def fresh_dynamo():
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("of_compiled", [False, True], ids=["of the module", "of the compiled module"])
-def test_a_training_run_compiles_once(impl, of_compiled):
+@pytest.mark.parametrize("emphasis", ["dm:beta=0,lambd=0.5", "dm:beta=0,lambd=0.5*cce"])
+def test_a_training_run_compiles_once(impl, of_compiled, emphasis):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     device = device_of(impl)
-    criterion = criterion_at(impl=impl).to(device)
+    criterion = DMLoss(emphasis, impl=impl).to(device)
     compiled = torch.compile(criterion, fullgraph=True, backend=counter)
-    schedule = Linear(compiled if of_compiled else criterion, steps=10, beta=8, lambd=1)
+    beta, lambd = ("parts.0.beta", "parts.0.lambd") if "*" in emphasis else ("beta", "lambd")
+    schedule = Linear(compiled if of_compiled else criterion, steps=10, **{beta: 8, lambd: 1})
     logits, target = make(12, 30)
     for _ in range(12):
         leaf = logits.to(device, copy=True).requires_grad_()
@@ -256,7 +273,7 @@ def test_a_training_run_compiles_once(impl, of_compiled):
         assert torch.equal(leaf.grad, dlogits)
         check(output, dlogits, expected(logits, target, criterion.emphasis))
         schedule.step()
-    assert criterion.emphasis == edf.DM(beta=8, lambd=1)
+    assert criterion.emphasis.params == (8, 1)
     assert counter.frame_count == 1
     assert criterion.schedule is schedule
 
