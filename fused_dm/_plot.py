@@ -19,7 +19,7 @@ from ._report import EmphasisReport
 # Okabe and Ito's colours, without the yellow that white swallows; then the same again in other strokes.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#4d4d4d", "#56b4e9", "#e69f00")
 STROKES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-NOTE = "#666666"
+NAME, NOTE = "#222222", "#666666"
 EXAMPLES, RECEIVED = "#b9c6d3", "#0072b2"
 NOISY_EXAMPLES, NOISY_RECEIVED = "#f3cf9b", "#b25e00"
 STYLE: Any = {
@@ -98,7 +98,8 @@ def _greatest(curves: Sequence[Tensor]) -> float:
 
 
 def _draw_weights(axes: Axes, densities: Sequence[edf.EDF], curves: Sequence[Tensor]) -> None:
-    peaks = [_greatest([curve]) / _LN10 for curve in curves]
+    # Held within what a float can be; a beta of thousands is not.
+    peaks = [min(max(_greatest([curve]) / _LN10, -300), 300) for curve in curves]
     top = max(peaks) + 0.15
     axes.set_yscale("log")
     axes.set_ylim(10 ** min(top - _DECADES, min(peaks) - 1), 10**top)
@@ -122,9 +123,8 @@ def _draw_key(axes: Axes, densities: Sequence[edf.EDF], names: Sequence[list[str
     axes.axis("off")
     y = 0.0
     for index, (density, name) in enumerate(zip(densities, names, strict=True)):
-        color = COLORS[index % len(COLORS)]
         axes.plot([0, 0.28], [y + 0.08, y + 0.08], **_line(index))
-        axes.text(0.38, y, "\n".join(name), va="top", weight="bold", color=color, linespacing=1.15)
+        axes.text(0.38, y, "\n".join(name), va="top", weight="bold", color=NAME, linespacing=1.15)
         figures = f"mode {number(mode(density))}   peak ratio {number(density.peak_ratio)}"
         axes.text(0.38, y + 0.19 * len(name) + 0.02, figures, va="top", color=NOTE, size=9.5)
         y += _row_height(name)
