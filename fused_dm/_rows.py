@@ -88,11 +88,11 @@ def row_terms(
 
 
 def row_values(terms: RowTerms, log_scale: Tensor | float, has_loss: bool) -> Tensor:
-    """c r(p) exp(-log_scale) of each row, (N,), with 0 for a weight of 0 whatever log p is."""
+    """c r(p) exp(-log_scale) of each row, (N,), with 0 for a weight of 0 whatever log p is, and for log p = 0 likewise."""
     if has_loss:
         return terms.value * torch.exp(torch.zeros_like(terms.value) - log_scale)
     weight = torch.exp(terms.log_weight - log_scale)
-    return torch.where(weight == 0, torch.zeros_like(weight), terms.sign * weight * terms.value)
+    return torch.where((weight == 0) | (terms.value == 0), torch.zeros_like(weight), terms.sign * weight * terms.value)
 
 
 def batch_totals(terms: RowTerms, normalizer: Tensor | None) -> Totals:
@@ -110,7 +110,8 @@ def batch_totals(terms: RowTerms, normalizer: Tensor | None) -> Totals:
 
 def coefficients(terms: RowTerms, totals: Totals) -> Tensor:
     """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
-    return terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)
+    k = terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)
+    return torch.where(terms.unit == 0, torch.zeros_like(k), k)
 
 
 def example_weights(log_weight: Tensor, sign: Tensor, totals: Totals) -> Tensor:

@@ -154,7 +154,7 @@ def dm_loss(
     valid = target != ignore_index
     label = torch.where(valid, target, 0)[:, None]
     log_p, log_q, w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
-    value = closed_form(log_p, log_q).double() if closed_form else torch.where(w == 0, 0, -w * log_p)
+    value = closed_form(log_p, log_q).double() if closed_form else torch.where((w == 0) | (log_p == 0), 0, -w * log_p)
 
     c = valid.double()
     if weight is not None:
@@ -171,7 +171,7 @@ def dm_loss(
     else:
         divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=torch.float64, device=z.device)
     value = torch.where(counts, c * value, 0) / divisor
-    gradient = torch.where(counts[:, None], (cw / divisor).to(z.dtype)[:, None] * direction, 0)
+    gradient = torch.where(counts[:, None] & (direction != 0), (cw / divisor).to(z.dtype)[:, None] * direction, 0)
     value = (value if reduction == "none" else value.sum()).to(z.dtype)
     others = z.scatter(1, label, -torch.inf)
     return ReferenceOutput(

@@ -90,9 +90,9 @@ FAULTS = [
     Fault("rows: sample weight replaces class weight", "fused_dm/_rows.py", "combined * sample_weight.to(dtype)", "sample_weight.to(dtype)"),
     Fault("rows: 1e-8 missing", "fused_dm/_rows.py", "relative = relative + torch.exp(floor[0].double() - top.double())", "relative = relative + 0"),
     Fault("rows: eps ignored", "fused_dm/_rows.py", "norm = 2 * q + eps", "norm = 2 * q"),
-    Fault("rows: weight in linear scale", "fused_dm/_rows.py", "return terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)", "return terms.unit * torch.exp(terms.log_weight) / (totals.divisor * torch.exp(totals.log_scale)).to(terms.unit.dtype)"),
+    Fault("rows: weight in linear scale", "fused_dm/_rows.py", "k = terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)", "k = terms.unit * torch.exp(terms.log_weight) / (totals.divisor * torch.exp(totals.log_scale)).to(terms.unit.dtype)"),
     Fault("rows: gradient without another class", "fused_dm/_rows.py", "unit = torch.where(margin == math.inf, zero, unit)", "unit = unit"),
-    Fault("rows: value of weight 0 at p = 0", "fused_dm/_rows.py", "return torch.where(weight == 0, torch.zeros_like(weight), terms.sign * weight * terms.value)", "return terms.sign * weight * terms.value"),
+    Fault("rows: value of weight 0 at p = 0", "fused_dm/_rows.py", "return torch.where((weight == 0) | (terms.value == 0), torch.zeros_like(weight), terms.sign * weight * terms.value)", "return terms.sign * weight * terms.value"),
     Fault("rows: example_weight without its sign", "fused_dm/_rows.py", "scaled = sign * torch.exp(", "scaled = sign.abs() * torch.exp("),
     # Operators and the public functions
     Fault("operators: margin's gradient with the wrong sign", "fused_dm/_loss.py", "attach_to_margin(margin, loss, -coefficient)", "attach_to_margin(margin, loss, coefficient)"),

@@ -107,7 +107,7 @@ def test_options(options, error, message):
         (
             "dn:beta=8",
             ValueError,
-            r"unknown EDF 'dn'; did you mean 'dm'\? Known: dm, exponential, uniform, imae, cce, mae, gce",
+            r"unknown EDF 'dn'; did you mean 'dm'\? Known: dm, exponential, normal, beta, uniform, .*, selfpacedlinear",
         ),
         ("nothing like it", ValueError, r"unknown EDF 'nothing like it'. Known: dm, "),
         ("dm", ValueError, r"EDF 'dm': expected a value for beta, lambd"),

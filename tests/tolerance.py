@@ -105,7 +105,10 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     counts = c != 0
     log_cw = torch.where(counts, log_weight + c.abs().log(), 0)
     depth_each, depth, reach = depths(logits, target, ignore_index)
-    rounding = BASE + 4 * (log_weight.abs() + torch.where(counts, c.abs().log().abs(), 0))
+    # A weight that is exactly 0 has no error.
+    rounding = BASE + 4 * (
+        torch.where(log_weight == -math.inf, 0, log_weight.abs()) + torch.where(counts, c.abs().log().abs(), 0)
+    )
 
     def error(*slopes: Tensor) -> Tensor:
         """The relative error of a row's number whose logarithm has these slopes, in units of u."""

@@ -8,24 +8,14 @@ where they are determined by a name: EDFs of one structure differ in their numbe
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Union
+from collections.abc import Sequence
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
 
+from ._forms import FAMILIES, Family, log
 from ._measure import Measures, exp, measure
-
-
-class Family(NamedTuple):
-    """The mathematics of an EDF in torch: functions of (log_p, log_q, *parameters) on tensors of any shape.
-
-    `log_weight` gives the natural log of w. `loss` gives the closed form f of the loss whose gradient has the norm w, or
-    is None where there is none. A parameter is a float or a 0-d tensor.
-    """
-
-    log_weight: Callable[..., Tensor]
-    loss: Callable[..., Tensor] | None
 
 
 def text_of(value: float) -> str:
@@ -38,13 +28,6 @@ def number(owner: object, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{type(owner).__name__}: expected {name} to be a finite number, got {value!r}")
     return float(value)
-
-
-def log(value: Any) -> Any:
-    """log of a parameter, a float or a 0-d tensor; -inf for 0."""
-    if isinstance(value, Tensor):
-        return value.log()
-    return math.log(value) if value > 0 else -math.inf
 
 
 @functools.lru_cache(maxsize=1024)
@@ -84,7 +67,6 @@ class EDF:
     """
 
     family: ClassVar[str] = ""
-    mathematics: ClassVar[Any] = None
     _composed: ClassVar[bool] = False
     _own_weight: ClassVar[bool] = False
     _own_loss: ClassVar[bool] = False
@@ -92,7 +74,7 @@ class EDF:
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         own = cls.__dict__
-        if cls._composed or "mathematics" in own:
+        if cls._composed or "family" in own:
             return
         if "weight" in own and "log_weight" not in own and not cls._own_weight:
             raise TypeError(f"{cls.__name__}: expected log_weight(log_p, log_q) beside weight(p); the loss is computed from it")
@@ -131,13 +113,13 @@ class EDF:
         """Whether the weight belongs to a loss with a closed form f(p)."""
         if self._own_weight or self._own_loss:
             return self._own_loss
-        return self.mathematics.loss is not None
+        return FAMILIES[self.family].loss is not None
 
     @property
     def forms(self) -> Family:
         """The functions of (log_p, log_q, *params) that the implementations compute with."""
         if self.structure is not None:
-            return self.mathematics
+            return FAMILIES[self.family]
         own = self
 
         def log_weight(log_p: Tensor, log_q: Tensor, *_: Any) -> Tensor:
@@ -159,21 +141,27 @@ class EDF:
             log_p: natural log of the label's probability, any shape, at least -1e30.
             log_q: natural log of one minus it, same shape, at least -1e30.
         """
-        if self.mathematics is None:
+        if not self.family:
             raise TypeError(f"{type(self).__name__}: expected the class to define log_weight(log_p, log_q)")
-        return self.mathematics.log_weight(log_p, log_q, *self.params)
+        return FAMILIES[self.family].log_weight(log_p, log_q, *self.params)
 
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The value that is reported for an example: f(p) where it exists, and -w(p) log p otherwise."""
-        if not self._own_weight and self.mathematics is not None and self.mathematics.loss is not None:
-            return self.mathematics.loss(log_p, log_q, *self.params)
+        closed_form = None if self._own_weight or not self.family else FAMILIES[self.family].loss
+        if closed_form is not None:
+            return closed_form(log_p, log_q, *self.params)
         weight = torch.exp(self.log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)))
-        return torch.where(weight == 0, torch.zeros_like(weight), -weight * log_p)
+        return torch.where((weight == 0) | (log_p == 0), torch.zeros_like(weight), -weight * log_p)
 
     @property
     def mode(self) -> float:
         """The p in [0, 1] where w is largest, the lowest of several."""
-        return _measures(self).mode
+        known = None if self._own_weight else self._known_mode()
+        return _measures(self).mode if known is None else known
+
+    def _known_mode(self) -> float | None:
+        """The mode where there is a formula for it."""
+        return None
 
     @property
     def integral(self) -> float:

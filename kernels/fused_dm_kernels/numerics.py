@@ -30,11 +30,37 @@ def log1p_unit(u):
 def expm1_negative(x):
     """exp(x) - 1 for x <= 0, from the Taylor series where |x| < 1/2."""
     TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 9
-    small = tl.maximum(x, -0.5)
+    # Not tl.maximum, which drops a nan.
+    small = tl.where(x < -0.5, -0.5, x)
     series = small * 0.0 + 1.0
     for i in tl.static_range(TERMS - 1):
         series = 1.0 + series * small / (TERMS - i)
     return tl.where(x < -0.5, exp(x) - 1.0, small * series)
+
+
+@triton.jit
+def log_nonnegative(x):
+    """log(x), and -1e30 for 0, so that 0 times it is 0."""
+    return tl.where(x > 0.0, tl.log(tl.where(x > 0.0, x, 1.0)), -1e30)
+
+
+@triton.jit
+def log_1m(x, rest):
+    """log(1 - x) for 0 <= x < 1, given rest = 1 - x too, of which one has its digits."""
+    small = tl.where(x <= 0.5, x, 0.0)
+    return tl.where(x <= 0.5, -log1p_unit(small / (1.0 - small)), tl.log(tl.where(x <= 0.5, 1.0, rest)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), with a small relative error at any x."""
+    return tl.maximum(x, 0.0) + log1p_unit(exp(-tl.abs(x)))
+
+
+@triton.jit
+def log_sum(x, y):
+    """log(exp(x) + exp(y)) for finite x and y."""
+    return tl.maximum(x, y) + log1p_unit(exp(-tl.abs(x - y)))
 
 
 @triton.jit

@@ -49,7 +49,8 @@ def totals_kernel(
         log_scale = top * 0.0
         divisor = tl.load(normalizer_ptr)
     if LOSS is None:
-        value *= tl.exp(top - log_scale)
+        # A weight that overflows times a -log p of 0 is 0.
+        value = tl.where(value == 0.0, 0.0, value * tl.exp(top - log_scale))
     else:
         value *= tl.exp(-log_scale)
     tl.store(loss_ptr, (value / divisor).to(loss_ptr.dtype.element_ty))
