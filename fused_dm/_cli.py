@@ -68,6 +68,13 @@ def _form(kind: type[edf.EDF]) -> str:
     return ":".join(filter(None, (kind.__name__.lower(), ",".join(fields))))
 
 
+def _formula(kind: type[edf.EDF]) -> str:
+    """The first paragraph of the docstring, and where w(p) = ... stands if that isn't in it."""
+    first, *rest = (inspect.getdoc(kind) or "").split("\n\n")
+    lines = [line for paragraph in rest for line in paragraph.splitlines() if line.strip().startswith("w(p) =")]
+    return " ".join([*first.split(), *([] if "w(p) =" in first else lines[0].split() if lines else [])])
+
+
 @app.command()
 def edfs() -> None:
     """List the catalogue: the text of each EDF, with the defaults, and its formula."""
@@ -75,8 +82,7 @@ def edfs() -> None:
     table.add_column("EDF", no_wrap=True)
     table.add_column("formula", overflow="fold")
     for kind in edf.CATALOGUE:
-        paragraph = inspect.getdoc(kind).split("\n\n")[0]  # type: ignore[union-attr]
-        table.add_row(_form(kind), " ".join(paragraph.split()))
+        table.add_row(_form(kind), _formula(kind))
     Console(highlight=False).print(table, markup=False)
 
 

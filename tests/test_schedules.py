@@ -1,6 +1,7 @@
 """Schedules of an EDF's parameters: the values at each step, resuming, one compile, graphs, and what is refused."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -86,6 +87,26 @@ def test_parameters_have_the_names_of_the_edf(emphasis, parameter, end):
         schedule.step()
     assert criterion.emphasis == type(emphasis)(**{parameter: end})
     assert criterion.emphasis_params.tolist() == [criterion.eps, *criterion.emphasis.params]
+
+
+@pytest.mark.parametrize("kind", edf.CATALOGUE, ids=lambda kind: kind.__name__)
+def test_every_edf_of_the_catalogue(kind):
+    fields = dataclasses.fields(kind)
+    values = {field.name: 2.0 if field.default is dataclasses.MISSING else field.default for field in fields}
+    for name, value in values.items():
+        criterion = DMLoss(kind(**values))
+        end = value + 1 if isinstance(value, int) else value + 0.01
+        Linear(criterion, steps=1, **{name: end}).step()
+        assert criterion.emphasis == kind(**{**values, name: end})
+        assert criterion.emphasis_params.tolist() == [criterion.eps, *criterion.emphasis.params]
+
+
+def test_a_ramp_over_values_that_the_edf_does_not_take():
+    criterion = DMLoss(edf.TaylorCE(t=2))
+    with pytest.raises(ValueError, match=r"Linear: not possible at step 1 of 4: TaylorCE: expected t to be an integer"):
+        Linear(criterion, steps=4, t=4)
+    Linear(criterion, steps=4, t=6).step()
+    assert criterion.emphasis == edf.TaylorCE(t=3)
 
 
 def test_parts_of_compositions():
