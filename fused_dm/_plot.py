@@ -72,8 +72,8 @@ def _line(index: int) -> dict:
     return {"color": COLORS[index % len(COLORS)], "linestyle": stroke, "linewidth": 2.4, "solid_capstyle": "round"}
 
 
-def _log_weights(density: edf.EDF) -> Tensor:
-    return density.log_weight(_P.log().clamp(min=-1e30), torch.log1p(-_P).clamp(min=-1e30))
+def _log_weights(density: edf.EDF, p: Tensor = _P) -> Tensor:
+    return density.log_weight(p.log().clamp(min=-1e30), torch.log1p(-p).clamp(min=-1e30))
 
 
 def _draw_curves(axes: Axes, densities: Sequence[edf.EDF], curves: Sequence[Tensor], log_scales: Sequence[float]) -> None:
@@ -83,12 +83,12 @@ def _draw_curves(axes: Axes, densities: Sequence[edf.EDF], curves: Sequence[Tens
         axes.plot(_P.tolist(), torch.exp(curve - log_scale).tolist(), **_line(index))
         # A constant has no mode, and a pole is out of sight.
         if not math.isnan(mode(density)):
-            p = torch.tensor(density.mode, dtype=torch.float64)
-            log_p, log_q = p.log().clamp(min=-1e30), torch.log1p(-p).clamp(min=-1e30)
-            peak = torch.exp(density.log_weight(log_p, log_q) - log_scale).item()
+            # Beside it too: at the edge of a truncated EDF the weight may be that of the other side.
+            p = (density.mode + torch.tensor([-1e-6, 0, 1e-6], dtype=torch.float64)).clamp(0, 1)
+            peak = torch.exp(_log_weights(density, p) - log_scale).max().item()
             if math.isfinite(peak):
                 place: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "markersize": 9, "clip_on": False, "zorder": 4}
-                axes.plot([p.item()], [peak], "o", markeredgecolor="white", **place)
+                axes.plot([density.mode], [peak], "o", markeredgecolor="white", **place)
 
 
 def _greatest(curves: Sequence[Tensor]) -> float:
@@ -98,8 +98,8 @@ def _greatest(curves: Sequence[Tensor]) -> float:
 
 
 def _draw_weights(axes: Axes, densities: Sequence[edf.EDF], curves: Sequence[Tensor]) -> None:
-    # Held within what a float can be; a beta of thousands is not.
-    peaks = [min(max(_greatest([curve]) / _LN10, -300), 300) for curve in curves]
+    # Held within what ticks can be; a beta of thousands is not.
+    peaks = [min(max(_greatest([curve]) / _LN10, -200), 200) for curve in curves]
     top = max(peaks) + 0.15
     axes.set_yscale("log")
     axes.set_ylim(10 ** min(top - _DECADES, min(peaks) - 1), 10**top)
@@ -124,7 +124,7 @@ def _draw_key(axes: Axes, densities: Sequence[edf.EDF], names: Sequence[list[str
     y = 0.0
     for index, (density, name) in enumerate(zip(densities, names, strict=True)):
         axes.plot([0, 0.28], [y + 0.08, y + 0.08], **_line(index))
-        axes.text(0.38, y, "\n".join(name), va="top", weight="bold", color=NAME, linespacing=1.15)
+        axes.text(0.38, y, "\n".join(name), va="top", weight="bold", size=10.3, color=NAME, linespacing=1.15)
         figures = f"mode {number(mode(density))}   peak ratio {number(density.peak_ratio)}"
         axes.text(0.38, y + 0.19 * len(name) + 0.02, figures, va="top", color=NOTE, size=9.5)
         y += _row_height(name)
@@ -136,7 +136,7 @@ def _row_height(name: list[str]) -> float:
 
 def draw_edfs(densities: Sequence[edf.EDF], path: str | os.PathLike | None = None) -> Figure:
     """w(p), on a logarithmic scale, and the density h(p) = w(p) / integral, with modes marked; written to `path` if given."""
-    names = [textwrap.wrap(str(density), 26) for density in densities]
+    names = [textwrap.wrap(str(density), 27) for density in densities]
     above, below = 0.82, 0.6  # inches
     inner = max(3.3, sum(map(_row_height, names)) - 0.15)
     width, height = 12.5, above + inner + below
