@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from ._rows import compute_dtype
+from .edf._custom import DEVICE_FORMS
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -53,7 +54,9 @@ def _sizes(logits: Tensor) -> dict[str, int]:
 
 
 def _family(family: str) -> dict:
-    log_weight, loss = kernels.FAMILIES[family]
+    log_weight, loss = kernels.FAMILIES.get(family) or DEVICE_FORMS.get(family, (None, None))
+    if log_weight is None:
+        raise ValueError(f"emphasis: expected a family that is registered in this process, got {family!r}")
     return {"LOG_WEIGHT": log_weight, "LOSS": loss}
 
 

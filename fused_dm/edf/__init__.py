@@ -15,6 +15,9 @@ and readable from text::
     11.4082
 """
 
+from ._check import Report as Report
+from ._check import check as check
+from ._custom import register as register
 from ._density import EDF as EDF
 from ._density import Composition as Composition
 from ._density import Floored as Floored

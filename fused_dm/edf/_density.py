@@ -54,7 +54,8 @@ class EDF:
     whatever it inherits from; `fused_dm.edf.register` gives a function a fused form.
 
     Attributes:
-        family: name of the mathematics that the kernels know.
+        family: name of the mathematics.
+        in_kernels: whether the kernels have the family.
         params: its parameters, in order.
         structure: name of the mathematics in torch: EDFs of one structure differ in `params` alone. None for a subclass that
             overrides it.
@@ -67,6 +68,7 @@ class EDF:
     """
 
     family: ClassVar[str] = ""
+    in_kernels: ClassVar[bool] = True
     _composed: ClassVar[bool] = False
     _own_weight: ClassVar[bool] = False
     _own_loss: ClassVar[bool] = False
@@ -106,7 +108,7 @@ class EDF:
     @property
     def fused(self) -> bool:
         """Whether the kernels have the mathematics, under the name `family`."""
-        return self.structure is not None
+        return self.in_kernels and self.structure is not None
 
     @property
     def has_loss(self) -> bool:

@@ -158,7 +158,20 @@ def _poly1_log_weight(log_p: Tensor, log_q: Tensor, eps) -> Tensor:
 
 
 def _poly1_loss(log_p: Tensor, log_q: Tensor, eps) -> Tensor:
-    return -log_p + eps * torch.exp(log_q)
+    q = torch.exp(log_q)
+    # Where eps < 0 and q is small, as -(1 + eps) log p - eps (-log p - q), whose bracket is q^2 / 2 + q^3 / 3 + ...
+    small = (q <= 0.5) & (q.new_zeros(()) + eps < 0)
+    few = torch.where(small, q, torch.zeros_like(q))
+    return torch.where(small, (1 + eps) * torch.where(small, -log_p, few) - eps * _log_excess(few), -log_p + eps * q)
+
+
+def _log_excess(q: Tensor) -> Tensor:
+    """-log(1 - q) - q for 0 <= q <= 1/2: with s = q / (2 - q), 2 artanh(s) - q = s q + 2 (s^3 / 3 + s^5 / 5 + ...)."""
+    s = q / (2 - q)
+    series = torch.zeros_like(s)
+    for k in range(17, 0, -1):
+        series = (series + 1 / (2 * k + 1)) * s * s
+    return s * q + 2 * s * series
 
 
 def _phuberce_log_weight(log_p: Tensor, log_q: Tensor, tau) -> Tensor:

@@ -9,7 +9,7 @@ parameters in fp64; each is loaded once a program. log p and log q are at least 
 import triton
 import triton.language as tl
 
-from .numerics import INF, LN2, exp, expm1_negative, log_1m, log_nonnegative, log_sum, softplus
+from .numerics import INF, LN2, exp, expm1_negative, log_1m, log_excess, log_nonnegative, log_sum, softplus
 
 # exp(-80) is a normal number in fp32, and below the rounding of 1 in fp64 by far.
 NEGLIGIBLE = tl.constexpr(-80.0)
@@ -188,8 +188,13 @@ def poly1_log_weight(log_p, log_q, params_ptr):
 
 @triton.jit
 def poly1_loss(log_p, log_q, params_ptr):
-    """f = -log p + eps q."""
-    return -log_p + param(params_ptr, 0, log_p) * exp(log_q)
+    """f = -log p + eps q, where eps < 0 and q is small as -(1 + eps) log p - eps (-log p - q)."""
+    eps = param(params_ptr, 0, log_p)
+    one_eps = (tl.load(params_ptr) + 1.0).to(log_p.dtype)
+    q = exp(log_q)
+    small = tl.where(eps < 0.0, q, 1.0) <= 0.5
+    excess = log_excess(tl.where(small, q, 0.0))
+    return tl.where(small, one_eps * tl.where(small, -log_p, 0.0) - eps * excess, -log_p + eps * q)
 
 
 @triton.jit

@@ -52,6 +52,18 @@ def log_1m(x, rest):
 
 
 @triton.jit
+def log_excess(q):
+    """-log(1 - q) - q for 0 <= q <= 1/2: with s = q / (2 - q), 2 artanh(s) - q = s q + 2 (s^3 / 3 + s^5 / 5 + ...)."""
+    s = q / (2.0 - q)
+    s2 = s * s
+    TERMS: tl.constexpr = 17 if q.dtype == tl.float64 else 6
+    series = s2 * 0.0
+    for i in tl.static_range(TERMS):
+        series = (series + 1.0 / (2 * (TERMS - i) + 1)) * s2
+    return s * q + 2.0 * s * series
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)), with a small relative error at any x."""
     return tl.maximum(x, 0.0) + log1p_unit(exp(-tl.abs(x)))
