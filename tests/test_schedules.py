@@ -101,6 +101,17 @@ def test_every_edf_of_the_catalogue(kind):
         assert criterion.emphasis_params.tolist() == [criterion.eps, *criterion.emphasis.params]
 
 
+def test_a_registered_edf():
+    @edf.register
+    def scheduled_bell(log_p, log_q, beta=0.0):
+        return beta * (log_p + log_q).exp()
+
+    criterion = DMLoss(scheduled_bell())
+    Linear(criterion, steps=2, beta=8).step()
+    assert str(criterion.emphasis) == "scheduled_bell:beta=4"
+    assert criterion.emphasis_params.tolist() == [1e-6, 4.0]
+
+
 def test_a_ramp_over_values_that_the_edf_does_not_take():
     criterion = DMLoss(edf.TaylorCE(t=2))
     with pytest.raises(ValueError, match=r"Linear: not possible at step 1 of 4: TaylorCE: expected t to be an integer"):
