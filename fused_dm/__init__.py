@@ -2,11 +2,27 @@
 
 from . import edf as edf
 from . import reference as reference
+from . import schedules as schedules
 from ._api import DMLoss as DMLoss
 from ._api import DMOutput as DMOutput
 from ._api import available_impls as available_impls
 from ._api import dm_loss as dm_loss
 from ._api import margin as margin
+from ._environment import environment_report as environment_report
+from ._report import EmphasisReport as EmphasisReport
+from ._report import emphasis_report as emphasis_report
 
-__all__ = ["DMLoss", "DMOutput", "available_impls", "dm_loss", "edf", "margin", "reference"]
+__all__ = [
+    "DMLoss",
+    "DMOutput",
+    "EmphasisReport",
+    "available_impls",
+    "dm_loss",
+    "edf",
+    "emphasis_report",
+    "environment_report",
+    "margin",
+    "reference",
+    "schedules",
+]
 __version__ = "0.1.0"

@@ -281,7 +281,7 @@ class DMLoss(torch.nn.Module):
 
     The EDF's parameters are held in an fp64 buffer that the computation reads, so that `set_emphasis` changes them without
     recompiling a compiled model, and reaches a captured CUDA graph. The buffer stays fp64 when the module is cast;
-    it is not in the `state_dict`.
+    it is not in the `state_dict`, but what a schedule of `fused_dm.schedules` has made of it is.
 
     Args:
         emphasis: see `dm_loss`.
@@ -376,7 +376,9 @@ class DMLoss(torch.nn.Module):
         if density.structure != structure:
             raise ValueError(f"set_emphasis: expected an EDF of the family {structure!r}, got {density}")
         self.emphasis = density
-        self.emphasis_params.copy_(torch.tensor((self.eps, *density.params), dtype=torch.float64))
+        # A copy from the host would wait for the GPU; a fill does not.
+        for slot, value in zip(self.emphasis_params.unbind(), (self.eps, *density.params), strict=True):
+            slot.fill_(value)
 
     def forward(
         self,

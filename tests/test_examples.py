@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 import fused_dm
-from fused_dm import _api, edf
+from fused_dm import _api, _environment, _report, edf, schedules
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
-@pytest.mark.parametrize("module", [_api, edf], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_api, _environment, _report, edf, schedules], ids=lambda module: module.__name__)
 def test_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
@@ -20,17 +22,30 @@ def test_docstrings(module):
 
 
 def test_public_functions_have_whole_docstrings():
-    for name in ("dm_loss", "DMLoss", "margin"):
+    for name in ("dm_loss", "DMLoss", "margin", "emphasis_report"):
         text = getattr(fused_dm, name).__doc__
         for part in ("Args:", "Raises:", "Example:"):
             assert part in text, f"{name}: expected {part}"
 
 
-@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README.read_text()))))
-def test_readme(number, tmp_path, monkeypatch):
+def blocks():
+    for page in PAGES:
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(f"{page.name}, block {number}", code, id=f"{page.stem}-{number}")
+
+
+@pytest.mark.parametrize(("name", "code"), list(blocks()))
+def test_pages(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
-    exec(compile(code, f"README.md, block {number}", "exec"), {})
+    exec(compile(code, name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for target in targets:
+        if "://" not in target:
+            assert (page.parent / target.split("#")[0]).exists(), target
 
 
 def test_readme_shows_how_to_use_the_package():

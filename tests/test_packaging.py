@@ -40,6 +40,7 @@ def test_wheel_works_elsewhere(tmp_path):
     out = run(sys.executable, "-W", "error", "-c", PROGRAM, str(site), cwd=tmp_path, env=environment)
     import fused_dm
 
+    assert run(str(site / "bin" / "fused-dm"), "env", cwd=tmp_path, env=environment).startswith("fused_dm: ")
     assert out.split() == [fused_dm.__version__, "True"]
 
 

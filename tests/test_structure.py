@@ -11,11 +11,17 @@ KERNELS = ROOT / "kernels" / "fused_dm_kernels"
 
 # What each module imports of the project. A new module is added here, with what it is allowed.
 EDGES = {
-    "__init__": {"edf", "reference", "_api"},
+    "__init__": {"edf", "reference", "schedules", "_api", "_environment", "_report"},
+    "__main__": {"_cli", "_extras"},
     "_api": {"_loss", "_operators", "_validation", "edf", "reference"},
+    "_cli": {"_environment", "_extras", "_plot", "edf"},
     "_cpu": {"_rows"},
+    "_environment": {"_api", "__version__"},
+    "_extras": set(),
     "_loss": {"_operators", "_rows", "_validation"},
     "_operators": {"_cpu", "_rows", "_triton"},
+    "_plot": {"_report", "edf"},
+    "_report": {"_api", "_extras", "_plot"},
     "_rows": set(),
     "_triton": {"_rows", "edf", "fused_dm_kernels"},
     "_validation": {"edf"},
@@ -29,6 +35,7 @@ EDGES = {
     "edf/_measure": set(),
     "edf/_names": {"_density"},
     "reference": set(),
+    "schedules": {"edf"},
 }
 
 
