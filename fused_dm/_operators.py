@@ -41,7 +41,7 @@ def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
 
 @torch.library.custom_op("fused_dm::margin", mutates_args=())
 def margin(logits: Tensor, target: Tensor, ignore_index: int, impl: str) -> tuple[Tensor, Tensor]:
-    """Margins (N,) and row statistics (3, N) of logits (N, V)."""
+    """Margins (N,) and row statistics (3, N) of logits (N, V); for Triton kernels also (images, V, D), N = images * D."""
     implementation = _triton() if impl == "triton" else _cpu
     return implementation.margin(logits, target, ignore_index)
 
@@ -49,7 +49,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, impl: str) -> tupl
 @margin.register_fake
 def _(logits, target, ignore_index, impl):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)
 
 
@@ -65,7 +65,7 @@ def margin_gradient(
 
 @margin_gradient.register_fake
 def _(logits, target, statistics, dmargin, ignore_index, impl):
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits) if impl == "triton" else logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("fused_dm::margin_gradient_", mutates_args={"logits"})
@@ -78,11 +78,15 @@ def margin_gradient_(logits: Tensor, target: Tensor, statistics: Tensor, dmargin
 
 
 def _margin_setup(ctx, inputs, output) -> None:
+    # Else the statistics, which have no derivative, would be given one of zeros: a launch.
+    ctx.set_materialize_grads(False)
     logits, target, ctx.ignore_index, ctx.impl = inputs
     ctx.save_for_backward(logits, target, output[1])
 
 
 def _margin_backward(ctx, dmargin, _):
+    if dmargin is None:
+        return None, None, None, None
     logits, target, statistics = ctx.saved_tensors
     return margin_gradient(logits, target, statistics, dmargin, ctx.ignore_index, ctx.impl), None, None, None
 
@@ -272,7 +276,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
     )
 
@@ -285,7 +289,7 @@ def triton_gradient(logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor
 
 @triton_gradient.register_fake
 def _(logits, target, rows, totals, dloss, ignore_index):
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits)
 
 
 @torch.library.custom_op("fused_dm::triton_gradient_", mutates_args={"logits"})
@@ -295,11 +299,14 @@ def triton_gradient_(logits: Tensor, target: Tensor, rows: Tensor, totals: Tenso
 
 
 def _triton_loss_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     logits, target, _, _, _, _, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1], output[2])
 
 
 def _triton_loss_backward(ctx, dloss, _, __):
+    if dloss is None:
+        return None, None, None, None, None, None, None
     logits, target, rows, totals = ctx.saved_tensors
     dlogits = triton_gradient(logits, target, rows, totals, dloss, ctx.ignore_index)
     return dlogits, None, None, None, None, None, None
@@ -356,7 +363,7 @@ def triton_fused(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = torch.empty_like(logits)
     found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, out=dlogits)
     return *found, dlogits
 
@@ -366,9 +373,9 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
-        logits.new_empty(logits.shape),
+        torch.empty_like(logits),
     )
 
 
@@ -391,7 +398,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
     )
 
