@@ -84,8 +84,8 @@ class Case:
     def sizes(self) -> Sizes:
         itemsize = ITEMSIZE[self.dtype]
         if self.positions:
-            return Sizes(self.rows // self.positions, self.positions, self.classes, itemsize, spatial=True)
-        return Sizes(1, self.rows, self.classes, itemsize)
+            return Sizes(self.rows // self.positions, self.positions, self.classes, itemsize, True, self.unit > 1)
+        return Sizes(1, self.rows, self.classes, itemsize, False, self.unit > 1)
 
     @property
     def launch(self) -> Launch:
@@ -183,7 +183,9 @@ CASES = [
     *(Case(kernel, "bf16", 128256) for kernel in ("margin", "multiply")),
     *(Case("split", dtype, 10**7, rows=16) for dtype in ("bf16", "fp32")),
     Case("batch", "bf16", 10**7, rows=16, parts=66),
-    *(Case("batch", dtype, 100, rows=128) for dtype in ("bf16", "fp32")),
+    *(Case("batch", dtype, 100, rows=32) for dtype in ("bf16", "fp32")),
+    Case("batch", "bf16", 104, rows=128),
+    *(Case(kernel, "bf16", classes) for kernel in ("forward", "gradient", "fused") for classes in (10, 100, 1001)),
     *(Case(kernel, "bf16", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "fp32", 1000, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "bf16", 21, **ODD_IMAGE) for kernel in ("forward", "gradient", "fused")),
@@ -194,9 +196,10 @@ ONES = dict.fromkeys(("V", "dloss_stride", "ignore_index", "parts"), 1)
 # Every family, dtype and option compiles; one target shows it.
 VARIANTS = [
     *(Case(kernel, "bf16", 128256, family, weighted=True) for kernel in ("forward", "fused") for family in kernels.FAMILIES),
-    *(Case("batch", "bf16", 100, family, weighted=True, rows=128) for family in ("dm", "cce")),
+    *(Case("batch", "bf16", 100, family, weighted=True, rows=32) for family in ("dm", "cce")),
     *(Case(kernel, dtype, 128256) for kernel in ("forward", "gradient", "fused") for dtype in ("fp16", "fp64")),
-    *(Case("batch", dtype, 100, rows=128) for dtype in ("fp16", "fp64")),
+    *(Case("batch", dtype, 100, rows=32) for dtype in ("fp16", "fp64")),
+    *(Case(kernel, "fp64", 100) for kernel in ("forward", "gradient", "fused")),
     Case("batch", "fp64", 10**7, rows=16, parts=66),
     Case("margin", "fp32", 10**7, rows=1, parts=1056),
     *(Case(kernel, "fp64", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),

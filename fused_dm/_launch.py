@@ -5,8 +5,10 @@ kernels/README.md has the counts behind the numbers.
 
 from typing import NamedTuple
 
-# Elements that a program of 4 warps holds without spilling, 32 a thread.
+# Elements that a program of 4 warps holds without spilling, 32 a thread; and of several rows that are loaded one element at
+# a time, where a thread has an element of every row and with each the numbers of that row, or of 8 bytes.
 TILE = 4096
+NARROW_TILE = 1024
 # Programs of the forward kernel that a multiprocessor holds, and rounds of programs that a split or cut launch fills it with.
 RESIDENT = 8
 # One program alone saves a launch, about 2 us, and takes a memory round trip and two reductions, about 1 us, for each tile.
@@ -34,6 +36,7 @@ class Sizes(NamedTuple):
     classes: int
     itemsize: int
     spatial: bool = False  # the classes are not adjacent in memory; where anything is, it is the positions
+    aligned: bool = True  # the adjacent dimension is read 16 bytes at a time
 
     @property
     def rows(self) -> int:
@@ -89,7 +92,8 @@ def tiles(sizes: Sizes) -> Launch:
         block_n = min(128, _power_of_2(max(16, sizes.positions)))
         return _whole("tiles", sizes, block_n, min(width, TILE // block_n), 4)
     block_v = min(width, TILE)
-    return _whole("tiles", sizes, min(128, TILE // block_v), block_v, 8 if block_v >= 2048 else 4)
+    elements = TILE if sizes.aligned and sizes.itemsize < 8 else NARROW_TILE
+    return _whole("tiles", sizes, max(1, min(128, elements // block_v)), block_v, 8 if block_v >= 2048 else 4)
 
 
 def _cut(way: str, sizes: Sizes, programs: int) -> Launch:

@@ -61,7 +61,7 @@ class _Layout:
         # Elements in 16 bytes if every row, or every class of an image, starts at a multiple of them, so that the compiler may
         # load 128 bits; else 1.
         self.unit = unit if aligned and all(stride % unit == 0 for stride in far) else 1
-        self.sizes = Sizes(images, positions, classes, logits.element_size(), spatial)
+        self.sizes = Sizes(images, positions, classes, logits.element_size(), spatial, self.unit > 1)
         self.strides = {f"{name}_strides": self._in_units(of) for name, of in strides.items()}
 
     def _in_units(self, strides: tuple[int, int, int]) -> tuple[int, int, int]:
