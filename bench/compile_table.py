@@ -152,6 +152,10 @@ class Row:
             found.append(f"{self.stack} bytes of stack")
         if self.kernel == "totals" or self.dtype == "fp64":
             return found
+        walks = self.kernel == "fused" and not (self.one_block or self.spatial) and self.target.startswith("sm_")
+        if walks and 2 * self.registers * self.warps * 32 <= 65536:
+            # Twice as many rows would be in flight, more than L2 holds.
+            found.append(f"{self.registers} registers leave room for two programs on a multiprocessor")
         vector = 16 // ITEMSIZE[self.dtype]
         wide = max(1, self.elements // vector)
         # A row of one block stays in registers: it is read once, exponentiated once and written once.
@@ -199,7 +203,7 @@ VARIANTS = [
     *(Case("batch", "bf16", 100, family, weighted=True, rows=32) for family in ("dm", "cce")),
     *(Case(kernel, dtype, 128256) for kernel in ("forward", "gradient", "fused") for dtype in ("fp16", "fp64")),
     *(Case("batch", dtype, 100, rows=32) for dtype in ("fp16", "fp64")),
-    *(Case(kernel, "fp64", 100) for kernel in ("forward", "gradient", "fused")),
+    *(Case(kernel, "fp64", classes) for kernel in ("forward", "gradient", "fused") for classes in (100, 101)),
     Case("batch", "fp64", 10**7, rows=16, parts=66),
     Case("margin", "fp32", 10**7, rows=1, parts=1056),
     *(Case(kernel, "fp64", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),

@@ -6,7 +6,7 @@ kernels/README.md has the counts behind the numbers.
 from typing import NamedTuple
 
 # Elements that a program of 4 warps holds without spilling, 32 a thread; and of several rows that are loaded one element at
-# a time, where a thread has an element of every row and with each the numbers of that row, or of 8 bytes.
+# a time, where a thread has an element of every row and with each the numbers of that row.
 TILE = 4096
 NARROW_TILE = 1024
 # Programs of the forward kernel that a multiprocessor holds, and rounds of programs that a split or cut launch fills it with.
@@ -92,7 +92,7 @@ def tiles(sizes: Sizes) -> Launch:
         block_n = min(128, _power_of_2(max(16, sizes.positions)))
         return _whole("tiles", sizes, block_n, min(width, TILE // block_n), 4)
     block_v = min(width, TILE)
-    elements = TILE if sizes.aligned and sizes.itemsize < 8 else NARROW_TILE
+    elements = NARROW_TILE if not sizes.aligned else TILE // 2 if sizes.itemsize == 8 else TILE
     return _whole("tiles", sizes, max(1, min(128, elements // block_v)), block_v, 8 if block_v >= 2048 else 4)
 
 
