@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -357,6 +358,13 @@ def measure(case: Case, name: str) -> Row:
     )
 
 
+PAIRS = [(case, target) for target in TARGETS for case in CASES] + [(case, "sm_90") for case in VARIANTS]
+
+
+def _measure_number(number: int) -> Row:
+    return measure(*PAIRS[number])
+
+
 def table(rows: list[Row]) -> str:
     heads = ["target", "kernel", "dtype", "EDF", "V", "block", "warps", "regs", "stack", "shared"]
     heads += ["ld.128", "st.128", "ld.narrow", "exp2", "elements"]
@@ -390,13 +398,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--target", default="", help="targets whose name contains this")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
-    pairs = [(case, target) for target in TARGETS for case in CASES] + [(case, "sm_90") for case in VARIANTS]
-    wanted = [(case, target) for case, target in pairs if arguments.only in case.kernel and arguments.target in target]
-    rows = [measure(case, target) for case, target in wanted]
+    wanted = [
+        number for number, (case, target) in enumerate(PAIRS) if arguments.only in case.kernel and arguments.target in target
+    ]
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        rows = list(pool.map(_measure_number, wanted))
     print(f"Triton {triton.__version__}; per thread: registers, bytes of stack, accesses, exponentials and elements of a block")
     print(table(rows))
     broken = [(row, found) for row in rows if (found := row.violations())]
