@@ -366,7 +366,8 @@ def main() -> int:
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.output:
-        arguments.output.write_text(text)
+        command = f"python tests/fuzz.py --cases {arguments.cases} --chunk {arguments.chunk} --seed {arguments.seed}"
+        arguments.output.write_text(f"# Fuzzing\n\n`{command}`\n\n{text}")
     return 1 if failures else 0
 
 
