@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from batches import IMPLEMENTATIONS, make, run
 from tolerance import check, expected
 
