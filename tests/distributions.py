@@ -30,7 +30,18 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # Those of the kernels and of what is built on them; `--tests tests` runs all.
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("loss", "edges", "inplace", "operators", "transforms", "edf", "edf_catalogue", "schedules", "margin", "examples")
+    for name in (
+        "loss",
+        "edges",
+        "inplace",
+        "operators",
+        "transforms",
+        "edf",
+        "edf_catalogue",
+        "schedules",
+        "margin",
+        "examples",
+    )
 ]
 # The numpy that the interpreter of the lowest Triton works with: see pyproject.toml.
 LOWEST_NUMPY = "numpy<2.4"
@@ -139,8 +150,7 @@ def tree(*folders: str) -> set[str]:
     return {
         path.relative_to(ROOT).as_posix()
         for path in paths
-        if path.is_file()
-        and not any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(ROOT).parts)
+        if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(ROOT).parts)
     }
 
 
@@ -183,7 +193,16 @@ def check_sdist(path: Path) -> None:
     with tarfile.open(path) as archive:
         (top,) = {name.split("/")[0] for name in archive.getnames()}
         names = {name.removeprefix(f"{top}/") for name in archive.getnames()}
-        files = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", ".gitignore", "PKG-INFO"}
+        files = {
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+            "CHANGELOG.md",
+            "Makefile",
+            "constraints.txt",
+            ".gitignore",
+            "PKG-INFO",
+        }
         expected = files | tree("fused_dm", "kernels", "tests", "bench", "docs", "examples")
         assert names == expected, f"the sdist differs from the tree in {sorted(names ^ expected)}"
         text = archive.extractfile(f"{top}/PKG-INFO").read().decode()
@@ -383,7 +402,9 @@ def prove_installed(proof: Proof, wheel: Path) -> None:
     (here.empty / "client.py").write_text(CLIENT)
     (here.empty / "wrong.py").write_text(WRONG_CLIENT)
     here.run("a typed client", "mypy", "--strict", "client.py")
-    here.run("one with a wrong type", "mypy", "--strict", "wrong.py", status=1, says='Argument 1 to "dm_loss" has incompatible type')
+    here.run(
+        "one with a wrong type", "mypy", "--strict", "wrong.py", status=1, says='Argument 1 to "dm_loss" has incompatible type'
+    )
     blocks = [f"{name}.py" for name, _ in python_blocks()]
     here.run("the pages' blocks", "mypy", "--check-untyped-defs", "--scripts-are-modules", *blocks, shown="mypy BLOCKS")
     here.note_versions()
@@ -397,7 +418,9 @@ def prove_installed(proof: Proof, wheel: Path) -> None:
     here.commands()
     refused = "impl='triton': triton is not installed"
     here.python("forced kernels", REFUSED, shown="impl='triton'", says=refused)
-    here.python("forced kernels, interpreter asked for", REFUSED, shown="TRITON_INTERPRET=1", says=refused, TRITON_INTERPRET="1")
+    here.python(
+        "forced kernels, interpreter asked for", REFUSED, shown="TRITON_INTERPRET=1", says=refused, TRITON_INTERPRET="1"
+    )
     here.note_versions()
 
 
@@ -411,14 +434,22 @@ def lowest(metadata: email.message.Message) -> list[str]:
     return [LOWEST_NUMPY, *(f"{found[1]}=={found[2]}" for found in bounds if found)]
 
 
-def prove_lowest(proof: Proof, sdist: Path, wheel: Path, metadata: email.message.Message, python: str, tests: list[str]) -> None:
+def prove_lowest(
+    proof: Proof, sdist: Path, wheel: Path, metadata: email.message.Message, python: str, tests: list[str]
+) -> None:
     """Python 3.12 and the lowest versions: the wheel installed; then the unpacked sdist's tests, uninstalled."""
     here = Environment(proof, "lowest versions", "lowest", python)
     oldest, pinned = proof.folder / "lowest-constraints.txt", proof.folder / "test-constraints.txt"
     pins = lowest(metadata)
     oldest.write_text("\n".join(pins))
     here.start([oldest])
-    here.pip("the wheel", f"{wheel}[cli,plot]", LOWEST_NUMPY, constraints=[oldest], shown="'fused_dm.whl[cli,plot]' " + " ".join(pins))
+    here.pip(
+        "the wheel",
+        f"{wheel}[cli,plot]",
+        LOWEST_NUMPY,
+        constraints=[oldest],
+        shown="'fused_dm.whl[cli,plot]' " + " ".join(pins),
+    )
     here.run("dependencies", "pip", "check")
     here.python("every implementation, compiled too", STEP, shown="python -W error -c STEP")
     here.pages()
