@@ -12,6 +12,8 @@ It takes minutes and, where torch brings CUDA, gigabytes. `--workdir` keeps the 
 import argparse
 import email.message
 import email.parser
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -43,6 +45,7 @@ TESTS = [
         "examples",
     )
 ]
+PARTS = ("installed", "lowest")
 # The numpy that the interpreter of the lowest Triton works with: see pyproject.toml.
 LOWEST_NUMPY = "numpy<2.4"
 
@@ -236,11 +239,26 @@ class Proof:
         if not passed:
             print("".join(f"    {line}\n" for line in output.splitlines()[-40:]), end="", flush=True)
 
+    def save(self, path: Path, wheel: Path) -> None:
+        """Keep what a part found, for the table of a later run on the same wheel."""
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        path.write_text(json.dumps({"wheel": digest, "versions": self.versions, "rows": self.rows, "failures": self.failures}))
+
+    def load(self, path: Path, wheel: Path) -> bool:
+        """Take in what a part found before, if that was with this wheel."""
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if found.get("wheel") != hashlib.sha256(wheel.read_bytes()).hexdigest():
+            return False
+        self.rows += [Row(*row) for row in found["rows"]]
+        self.versions |= found["versions"]
+        self.failures += found["failures"]
+        return True
+
     def write(self, path: Path) -> None:
         """The table, the environments' versions first."""
         lines = [
-            "What `make package` did and found. Every environment is new and outside the source tree; in those that are installed,",
-            "every program checks that it ran on the installed package. A command that must fail is one whose message is given.",
+            "What `make package` did and found. The environments are new and outside the source tree, and where the package is",
+            "installed, every program checks that it ran on that. A command whose message is given must fail with it.",
             "",
             *(f"- **{name}**: {versions}" for name, versions in self.versions.items()),
             "",
@@ -260,7 +278,7 @@ class Environment:
     def __init__(self, proof: Proof, name: str, folder: str, python: str) -> None:
         self.proof, self.name, self.home = proof, name, proof.folder / folder
         self.bin, self.empty = self.home / "bin", proof.folder / f"{folder}-cwd"
-        self.original = proof.folder / f"{folder}.txt"
+        self.original = proof.folder / f"{folder}-torch.txt"
         shutil.rmtree(self.empty, ignore_errors=True)
         self.empty.mkdir()
         if not self.original.exists():
@@ -361,7 +379,7 @@ def build(proof: Proof, folder: Path) -> tuple[Path, Path, email.message.Message
     row = Row("source tree", "sdist, and wheel from it, in isolation", "python -m build", found, time.monotonic() - started)
     proof.note(row, passed, done.stdout + done.stderr)
     if not passed:
-        raise Stopped
+        sys.exit("the build failed")
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     check_sdist(sdist)
     metadata = check_wheel(wheel)
@@ -496,29 +514,38 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, help="keep the environments here, and use those that are")
     parser.add_argument("--python312", default=find_python(), help="an interpreter of Python 3.12 (default: the one found)")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what to run uninstalled; `tests` for all")
-    parser.add_argument("--part", choices=["installed", "lowest"], help="this part alone; no table is written")
+    parser.add_argument(
+        "--part", choices=PARTS, help="this alone; the table is written if the workdir knows the other's outcome"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "packaging.md")
     options = parser.parse_args()
     if options.workdir:
         options.workdir.mkdir(parents=True, exist_ok=True)
     folder = options.workdir or Path(tempfile.mkdtemp(prefix="fused_dm-"))
-    proof = Proof(folder.resolve())
+    table = Proof(folder.resolve())
+    complete = True
     try:
-        sdist, wheel, metadata = build(proof, proof.folder / "dist")
-        if options.part != "lowest":
-            prove_installed(proof, wheel)
-        if options.part != "installed":
-            if options.python312 is None:
-                sys.exit("no Python 3.12 found: pass --python312")
-            prove_lowest(proof, sdist, wheel, metadata, options.python312, options.tests)
-    except Stopped:
-        print("stopped: the rest needs what has failed")
+        sdist, wheel, metadata = build(table, table.folder / "dist")
+        for part in PARTS:
+            proof, kept = Proof(table.folder), table.folder / f"{part}.json"
+            if options.part in (None, part):
+                if part == "lowest" and options.python312 is None:
+                    sys.exit("no Python 3.12 found: pass --python312")
+                try:
+                    if part == "installed":
+                        prove_installed(proof, wheel)
+                    else:
+                        prove_lowest(proof, sdist, wheel, metadata, options.python312, options.tests)
+                except Stopped:
+                    print("stopped: the rest of this part needs what has failed")
+                proof.save(kept, wheel)
+            complete &= table.load(kept, wheel)
     finally:
         if options.workdir is None:
             shutil.rmtree(folder)
-    if options.part is None:
-        proof.write(options.output)
-    sys.exit(proof.failures > 0)
+    if complete:
+        table.write(options.output)
+    sys.exit(table.failures > 0)
 
 
 if __name__ == "__main__":
