@@ -1,7 +1,7 @@
 """The public functions over logits: `dm_loss`, `DMLoss` and `margin`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -173,6 +173,63 @@ def _compute(
         sum_weight=received.sum_weight,
         correct=received.correct.reshape(target.shape),
     )
+
+
+@overload
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    inplace: bool = False,
+    return_output: Literal[False] = False,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    inplace: bool = False,
+    return_output: Literal[True],
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> DMOutput: ...
+
+
+@overload
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    inplace: bool = False,
+    return_output: bool,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor | DMOutput: ...
 
 
 def dm_loss(

@@ -26,10 +26,12 @@ INTEGER_DTYPES = (
     torch.uint64,
 )
 TRITON_DEVICES = ("cuda", "xpu")
+# Looked up once, here: torch 2.11 cannot trace the search for a module.
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def interprets() -> bool:
