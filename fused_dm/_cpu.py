@@ -35,7 +35,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return out
 
 
-def _check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
     wrong = valid & ((target < 0) | (target >= classes))
     if wrong.any():
         at = int(wrong.nonzero()[0])
@@ -52,7 +52,7 @@ class _Pass:
         self.dtype = compute_dtype(logits.dtype)
         self.valid = target != ignore_index
         target = target.long()
-        _check_labels(target, self.valid, classes, ignore_index)
+        check_labels(target, self.valid, classes, ignore_index)
         self.label = torch.where(self.valid, target, 0)[:, None]
         self.row_max = logits.new_empty(rows, dtype=self.dtype)
         self.row_sum = logits.new_empty(rows, dtype=self.dtype)

@@ -83,7 +83,8 @@ def _valid(problem: Problem) -> Tensor:
     return problem.target != problem.ignore_index
 
 
-def _row_weight(problem: Problem) -> Tensor | None:
+def row_weights(problem: Problem) -> Tensor | None:
+    """c of each row, (N,); None where every row has 1."""
     if problem.weight is None and problem.sample_weight is None:
         return None
     dtype = compute_dtype(problem.logits.dtype)
@@ -102,7 +103,7 @@ def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
+def received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
     valid = _valid(problem)
     prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
     weights = example_weights(log_weight, sign, totals)
@@ -114,10 +115,29 @@ def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Te
     return lambda log_p, log_q: function(log_p, log_q, *params)
 
 
+@torch.no_grad()
+def of_margins(problem: Problem, margin: Tensor) -> tuple[Tensor, RowTerms, Totals]:
+    """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
+    emphasis, weight = problem.emphasis, row_weights(problem)
+    eps, *params = emphasis.params.unbind()
+    terms = row_terms(
+        margin.detach(),
+        _valid(problem),
+        weight,
+        eps,
+        _with(emphasis.log_weight, params),
+        None if emphasis.loss is None else _with(emphasis.loss, params),
+    )
+    totals = batch_totals(terms, _normalizer(problem, weight))
+    loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
+    if problem.reduction != "none":
+        loss = (loss.sum(dtype=torch.float64) / totals.divisor).to(loss.dtype)
+    return loss, terms, totals
+
+
 def margin_loss(problem: Problem, impl: str) -> Result:
     """Any EDF, through the margin operator of `impl` ("cpu" or "triton") and O(N) torch."""
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
-    emphasis = problem.emphasis
     backward = needs_gradient(logits)
     keep = impl == "cpu" and _in_forward(problem)
     if keep and problem.inplace:
@@ -131,22 +151,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     else:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl)
         lead = statistics[2]
-    with torch.no_grad():
-        weight = _row_weight(problem)
-        eps, *params = emphasis.params.unbind()
-        terms = row_terms(
-            margin.detach(),
-            _valid(problem),
-            weight,
-            eps,
-            _with(emphasis.log_weight, params),
-            None if emphasis.loss is None else _with(emphasis.loss, params),
-        )
-        totals = batch_totals(terms, _normalizer(problem, weight))
-        loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
-        if problem.reduction != "none":
-            loss = (loss.sum(dtype=torch.float64) / totals.divisor).to(loss.dtype)
-        coefficient = coefficients(terms, totals)
+    loss, terms, totals = of_margins(problem, margin)
+    coefficient = coefficients(terms, totals)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient)
     elif problem.inplace:
@@ -155,7 +161,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, _received(problem, margin.detach(), lead, terms.log_weight, terms.sign, totals))
+    return Result(loss, received(problem, margin.detach(), lead, terms.log_weight, terms.sign, totals))
 
 
 def triton_loss(problem: Problem) -> Result:
@@ -163,7 +169,7 @@ def triton_loss(problem: Problem) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     family, params = problem.emphasis.family, problem.emphasis.params
     backward = needs_gradient(logits)
-    weight = _row_weight(problem)
+    weight = row_weights(problem)
     normalizer = _normalizer(problem, weight)
     known = problem.reduction == "mean" or problem.normalizer is not None
     in_forward = known and _in_forward(problem)
@@ -189,4 +195,4 @@ def triton_loss(problem: Problem) -> Result:
         loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, _received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))
+    return Result(loss, received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))
