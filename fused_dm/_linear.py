@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _linear_operators, _operators, _validation, edf, reference
-from ._api import DMLoss, _default_eps, _emphasis, _normalizer, _params
+from ._api import DMLoss, _default_eps, _emphasis, _normalizer, _params, _transform
 from ._loss import Problem, Received, of_margins, received, row_weights
 from ._rows import Totals, coefficients
 
@@ -118,6 +118,7 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
             call.drop_ignored,
             call.max_logits_bytes,
             call.impl,
+            problem.transform,
         )
         margin, lead, reference_log, *gradients = found
         loss, terms, totals = of_margins(problem, margin)
@@ -126,7 +127,15 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
     else:
         sparse = call.skip_tolerance > 0 or call.drop_ignored
         margin, statistics = _linear_operators.linear_margin(
-            *given, target, ignore_index, call.dtype, call.drop_ignored, sparse, call.max_logits_bytes, call.impl
+            *given,
+            target,
+            ignore_index,
+            call.dtype,
+            call.drop_ignored,
+            sparse,
+            call.max_logits_bytes,
+            call.impl,
+            problem.transform,
         )
         lead = statistics[2]
         loss, terms, totals = of_margins(problem, margin)
@@ -152,6 +161,8 @@ def _compute(
     reduction: str,
     normalizer: float | Tensor | None,
     eps: float,
+    softcap: float | Tensor | None,
+    logit_scale: float | Tensor | None,
     recompute: bool,
     skip_tolerance: float,
     drop_ignored: bool,
@@ -162,7 +173,8 @@ def _compute(
     autocast = _autocast_dtype(input) if isinstance(input, Tensor) else None
     _validation.check_linear(input, linear_weight, linear_bias, target, ignore_index, autocast is not None)
     _validation.check_linear_weights(input, linear_weight, target, weight, sample_weight)
-    _validation.check_normalizer_device(normalizer, input)
+    for name, value in (("normalizer", normalizer), ("softcap", softcap), ("logit_scale", logit_scale)):
+        _validation.check_scalar_device(name, value, "input", input)
     impl = _validation.choose_impl(impl, input)
     _validation.check_transforms(input, impl)
     if drop_ignored and input.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -188,6 +200,8 @@ def _compute(
             reduction=reduction,
             normalizer=divisor,
             eps=eps,
+            softcap=softcap,
+            logit_scale=logit_scale,
         )
         got, skipped = Received(*rest), torch.zeros((), device=input.device)
     else:
@@ -207,6 +221,7 @@ def _compute(
             ignore_index=ignore_index,
             return_output=return_output,
             inplace=False,
+            transform=_transform(softcap, logit_scale, input.device),
         )
         call = _Call(
             problem,
@@ -248,6 +263,8 @@ def linear_dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
     recompute: bool = False,
     skip_tolerance: float = 0.0,
     drop_ignored: bool = False,
@@ -271,7 +288,8 @@ def linear_dm_loss(
         input: (..., H), the layer's input; fp16, bf16, fp32 or fp64. Under autocast it is taken as a linear layer takes it.
         linear_weight: (V, H), of the dtype of `input` (any but fp64 under autocast); may be the weight of an embedding, too.
         target: (...), any integer dtype; labels in [0, V) or `ignore_index`.
-        emphasis, weight, sample_weight, ignore_index, reduction, normalizer, eps, label_smoothing: see `dm_loss`.
+        emphasis, weight, sample_weight, ignore_index, reduction, normalizer, eps, softcap, logit_scale, label_smoothing: see
+            `dm_loss`.
         linear_bias: (V,), of the dtype of `input`.
         recompute: compute the logits again in the backward instead of accumulating gradients in the forward: four products
             instead of three, nothing of the size of the weight between the passes, and a backward that may run more than once.
@@ -309,6 +327,7 @@ def linear_dm_loss(
     Reference: Wang et al., Derivative Manipulation for General Example Weighting, arXiv 1905.11233.
     """
     _validation.check_options(reduction, normalizer, eps, label_smoothing)
+    _validation.check_transform(softcap, logit_scale)
     _validation.check_linear_options(recompute, skip_tolerance, drop_ignored, max_logits_bytes, reduction)
     density = _validation.check_emphasis(emphasis)
     return _compute(
@@ -324,6 +343,8 @@ def linear_dm_loss(
         reduction,
         normalizer,
         _default_eps(density, eps),
+        softcap,
+        logit_scale,
         recompute,
         skip_tolerance,
         drop_ignored,
@@ -337,8 +358,8 @@ class LinearDMLoss(DMLoss):
     """`linear_dm_loss` as a module. The layer is not the module's: its weight and bias are given to each call.
 
     Args:
-        emphasis, weight, sample_weight, ignore_index, reduction, normalizer, eps, return_output, label_smoothing, impl: see
-            `dm_loss`.
+        emphasis, weight, sample_weight, ignore_index, reduction, normalizer, eps, softcap, logit_scale, return_output,
+            label_smoothing, impl: see `dm_loss`.
         recompute, skip_tolerance, drop_ignored, max_logits_bytes: see `linear_dm_loss`.
 
     Raises:
@@ -365,6 +386,8 @@ class LinearDMLoss(DMLoss):
         reduction: str = "sum_weight",
         normalizer: float | Tensor | None = None,
         eps: float | None = None,
+        softcap: float | Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
         recompute: bool = False,
         skip_tolerance: float = 0.0,
         drop_ignored: bool = False,
@@ -381,6 +404,8 @@ class LinearDMLoss(DMLoss):
             reduction=reduction,
             normalizer=normalizer,
             eps=eps,
+            softcap=softcap,
+            logit_scale=logit_scale,
             return_output=return_output,
             label_smoothing=label_smoothing,
             impl=impl,
@@ -419,6 +444,8 @@ class LinearDMLoss(DMLoss):
             self.reduction,
             normalizer,
             self.eps,
+            self.softcap,
+            self.logit_scale,
             self.recompute,
             self.skip_tolerance,
             self.drop_ignored,

@@ -35,6 +35,15 @@ class Layer(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+class How(NamedTuple):
+    """How blocks of logits are made and read."""
+
+    ignore_index: int
+    transform: Tensor | None  # of the logits, see _operators.py
+    max_bytes: int | None  # of a block
+    impl: str
+
+
 class Weighting(NamedTuple):
     """What turns margins into the gradient's coefficients, before they are divided."""
 
@@ -87,16 +96,16 @@ def block_rows(rows: int, classes: int, itemsize: int, max_bytes: int | None, on
     return max(1, even)
 
 
-def _blocks(layer: Layer, max_bytes: int | None, impl: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _blocks(layer: Layer, max_bytes: int | None, gradient: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices of the rows with their logits and a place for the gradient of them, each in the place of the last.
 
-    The gradient overwrites the logits, but that a CPU keeps it in fp32 for the products.
+    That place is the logits', but for a `gradient` in another dtype: the CPU implementation keeps it in fp32 for the products.
     """
     rows, classes = layer.input.shape[0], layer.weight.shape[0]
     on_cpu = layer.input.device.type == "cpu"
     height = min(rows, block_rows(rows, classes, layer.input.element_size(), max_bytes, on_cpu))
     buffer = layer.input.new_empty((height, classes))
-    own = impl == "cpu" and buffer.dtype != compute_dtype(buffer.dtype)
+    own = gradient and buffer.dtype != compute_dtype(buffer.dtype)
     place = torch.empty_like(buffer, dtype=compute_dtype(buffer.dtype)) if own else buffer
     for start in range(0, rows, max(1, height)):
         at = slice(start, min(start + height, rows))
@@ -226,12 +235,11 @@ def gradients(
     layer: Layer,
     target: Tensor,
     weighting: Weighting,
-    ignore_index: int,
     wanted: Wanted,
-    max_bytes: int | None,
-    impl: str,
+    how: How,
 ) -> Gradients:
     """One walk over the rows: statistics and unnormalised gradients, three products a block."""
+    ignore_index, transform, impl = how.ignore_index, how.transform, how.impl
     products = _Products(layer, wanted)
     rows = layer.input.shape[0]
     margin = layer.input.new_empty(rows, dtype=products.dtype)
@@ -247,24 +255,25 @@ def gradients(
         return new
 
     headroom = math.log(HEADROOM) if layer.input.dtype == torch.float16 else 0.0
-    for at, block, direct in _blocks(layer, max_bytes, impl):
+    for at, block, direct in _blocks(layer, how.max_bytes, gradient=impl == "cpu"):
         labels = target[at]
         if impl == "triton":
             out = None if weighting.relative else block
             row_weight = None if weighting.row_weight is None else weighting.row_weight[at]
             launch = _triton()
             _, numbers, _ = launch.loss_and_rows(
-                block, labels, row_weight, weighting.params, one, weighting.family, ignore_index, out
+                block, labels, row_weight, weighting.params, one, weighting.family, ignore_index, out, transform
             )
             _, row_sum, lead[at], log_weight, *_ = numbers.unbind()
             margin[at] = lead[at] - row_sum.log()
             if weighting.relative:
                 top = raise_top(log_weight, at.start == 0)
                 totals = torch.stack([_finite(top).double() - headroom, one, one])
-                launch.gradient(block, labels, numbers, totals, one.to(margin.dtype), ignore_index, out=block)
+                given = one.to(margin.dtype)
+                launch.gradient(block, labels, numbers, totals, given, ignore_index, out=block, transform=transform)
             products.add(at, block)
         else:
-            margin[at], lead[at], _ = _cpu.direction(block, labels, ignore_index, out=direct)
+            margin[at], lead[at], _ = _cpu.direction(block, labels, ignore_index, out=direct, transform=transform)
             terms = _cpu_terms(margin[at], labels != ignore_index, weighting, at)
             if weighting.relative:
                 top = raise_top(terms.log_weight, at.start == 0)
@@ -286,14 +295,14 @@ def _clear(direction: Tensor, coefficient: Tensor) -> None:
         direction.index_fill_(0, nothing, 0.0)
 
 
-def margins(layer: Layer, target: Tensor, ignore_index: int, max_bytes: int | None, impl: str) -> tuple[Tensor, Tensor]:
+def margins(layer: Layer, target: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
-    implementation = _triton() if impl == "triton" else _cpu
+    implementation = _triton() if how.impl == "triton" else _cpu
     rows = layer.input.shape[0]
     margin = layer.input.new_empty(rows, dtype=compute_dtype(layer.input.dtype))
     statistics = margin.new_empty((3, rows))
-    for at, block, _ in _blocks(layer, max_bytes, "triton"):
-        margin[at], statistics[:, at] = implementation.margin(block, target[at], ignore_index)
+    for at, block, _ in _blocks(layer, how.max_bytes, gradient=False):
+        margin[at], statistics[:, at] = implementation.margin(block, target[at], how.ignore_index, how.transform)
     return margin, statistics
 
 
@@ -302,21 +311,20 @@ def margin_gradients(
     target: Tensor,
     statistics: Tensor,
     dmargin: Tensor,
-    ignore_index: int,
     wanted: Wanted,
-    max_bytes: int | None,
-    impl: str,
+    how: How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for a derivative by the margins, from logits that are computed again."""
+    ignore_index, transform, impl = how.ignore_index, how.transform, how.impl
     products = _Products(layer, wanted)
-    for at, block, direct in _blocks(layer, max_bytes, impl):
+    for at, block, direct in _blocks(layer, how.max_bytes, gradient=impl == "cpu"):
         labels = target[at]
         if impl == "triton":
             numbers = statistics[:, at].contiguous()
-            _triton().gradient(block, labels, numbers, None, dmargin[at], ignore_index, out=block)
+            _triton().gradient(block, labels, numbers, None, dmargin[at], ignore_index, out=block, transform=transform)
             products.add(at, block)
         else:
-            _cpu.direction(block, labels, ignore_index, out=direct)
+            _cpu.direction(block, labels, ignore_index, out=direct, transform=transform)
             counts = (labels != ignore_index) & (statistics[1, at] != 0)
             k = torch.where(counts, -dmargin[at], torch.zeros_like(dmargin[at]))
             _clear(direct, k)

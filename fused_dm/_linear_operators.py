@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu, _linear_blocks
-from ._linear_blocks import Layer, Wanted, Weighting, layer_of
+from ._linear_blocks import How, Layer, Wanted, Weighting, layer_of
 from ._rows import compute_dtype
 
 
@@ -71,6 +71,7 @@ def linear_gradients(
     drop: bool,
     max_bytes: int | None,
     impl: str,
+    transform: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Margins and leads (N,), a reference (), and the gradients by input (N, H), weight (V, H) and bias (V,) where `wanted`.
 
@@ -82,7 +83,7 @@ def linear_gradients(
         layer, target = _only(layer, kept), target[kept]
         row_weight = None if row_weight is None else row_weight[kept]
     weighting = Weighting(row_weight, params, family, relative)
-    found = _linear_blocks.gradients(layer, target, weighting, ignore_index, Wanted(*wanted), max_bytes, impl)
+    found = _linear_blocks.gradients(layer, target, weighting, Wanted(*wanted), How(ignore_index, transform, max_bytes, impl))
     if kept is not None:
         found = found._replace(
             margin=_spread(found.margin, kept, rows, torch.nan),
@@ -108,6 +109,7 @@ def _(
     drop,
     max_bytes,
     impl,
+    transform,
 ):
     compute, rows = compute_dtype(dtype), input.shape[0]
     shapes = (tuple(input.shape), tuple(weight.shape), (weight.shape[0],))
@@ -196,6 +198,7 @@ def linear_margin(
     sparse: bool,
     max_bytes: int | None,
     impl: str,
+    transform: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N) of the logits of a layer, in `dtype`.
 
@@ -204,14 +207,15 @@ def linear_margin(
     """
     layer = _checked(input, weight, bias, target, ignore_index, impl, dtype)
     kept = _kept(target, ignore_index, drop)
+    how = How(ignore_index, transform, max_bytes, impl)
     if kept is None:
-        return _linear_blocks.margins(layer, target, ignore_index, max_bytes, impl)
-    margin, statistics = _linear_blocks.margins(_only(layer, kept), target[kept], ignore_index, max_bytes, impl)
+        return _linear_blocks.margins(layer, target, how)
+    margin, statistics = _linear_blocks.margins(_only(layer, kept), target[kept], how)
     return _spread(margin, kept, len(target), torch.nan), _spread(statistics, kept, len(target), torch.nan)
 
 
 @linear_margin.register_fake
-def _(input, weight, bias, target, ignore_index, dtype, drop, sparse, max_bytes, impl):
+def _(input, weight, bias, target, ignore_index, dtype, drop, sparse, max_bytes, impl, transform):
     compute, rows = compute_dtype(dtype), input.shape[0]
     return input.new_empty(rows, dtype=compute), input.new_empty((3, rows), dtype=compute)
 
@@ -230,6 +234,7 @@ def linear_margin_gradients(
     sparse: bool,
     max_bytes: int | None,
     impl: str,
+    transform: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by input (N, H), weight (V, H) and bias (V,) where `wanted`, for a derivative by the margins (N,)."""
     layer, rows = layer_of(input, weight, bias, dtype), input.shape[0]
@@ -244,7 +249,9 @@ def linear_margin_gradients(
         unit = torch.exp2(torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top)).log2().floor())
         unit = unit * (2 / _linear_blocks.HEADROOM)
         dmargin = dmargin / unit
-    found = _linear_blocks.margin_gradients(layer, target, statistics, dmargin, ignore_index, Wanted(*wanted), max_bytes, impl)
+    found = _linear_blocks.margin_gradients(
+        layer, target, statistics, dmargin, Wanted(*wanted), How(ignore_index, transform, max_bytes, impl)
+    )
     given = (input, weight, weight if bias is None else bias)
     dinput, dweight, dbias = (
         _linear_blocks.scaled(buffer, unit, like.dtype) for buffer, like in zip(found, given, strict=True)
@@ -253,18 +260,18 @@ def linear_margin_gradients(
 
 
 @linear_margin_gradients.register_fake
-def _(input, weight, bias, target, statistics, dmargin, ignore_index, dtype, wanted, sparse, max_bytes, impl):
+def _(input, weight, bias, target, statistics, dmargin, ignore_index, dtype, wanted, sparse, max_bytes, impl, transform):
     given = ((input.shape, input), (weight.shape, weight), (weight.shape[:1], weight if bias is None else bias))
     return tuple(like.new_empty(shape if want else (0,)) for (shape, like), want in zip(given, wanted, strict=True))
 
 
 def _linear_margin_setup(ctx, inputs, output) -> None:
-    input, weight, bias, target, ctx.ignore_index, ctx.dtype, _, ctx.sparse, ctx.max_bytes, ctx.impl = inputs
-    ctx.save_for_backward(input, weight, bias, target, output[1])
+    input, weight, bias, target, ctx.ignore_index, ctx.dtype, _, ctx.sparse, ctx.max_bytes, ctx.impl, transform = inputs
+    ctx.save_for_backward(input, weight, bias, target, output[1], transform)
 
 
 def _linear_margin_backward(ctx, dmargin, _):
-    input, weight, bias, target, statistics = ctx.saved_tensors
+    input, weight, bias, target, statistics, transform = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     found = linear_margin_gradients(
         input,
@@ -279,9 +286,10 @@ def _linear_margin_backward(ctx, dmargin, _):
         ctx.sparse,
         ctx.max_bytes,
         ctx.impl,
+        transform,
     )
     given = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    return *given, None, None, None, None, None, None, None
+    return *given, None, None, None, None, None, None, None, None
 
 
 linear_margin.register_autograd(_linear_margin_backward, setup_context=_linear_margin_setup)

@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     ignore_index: int
     return_output: bool
     inplace: bool  # the gradient, which is wanted, overwrites the logits
+    transform: Tensor | None = None  # fp64: scale and, if there are two, softcap of the logits
 
 
 class Received(NamedTuple):
@@ -138,25 +139,26 @@ def of_margins(problem: Problem, margin: Tensor) -> tuple[Tensor, RowTerms, Tota
 def margin_loss(problem: Problem, impl: str) -> Result:
     """Any EDF, through the margin operator of `impl` ("cpu" or "triton") and O(N) torch."""
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
+    transform = problem.transform
     backward = needs_gradient(logits)
     keep = impl == "cpu" and _in_forward(problem)
     if keep and problem.inplace:
         direction = logits.detach()
-        margin, lead = _operators.cpu_direction_(direction, target, ignore_index)
+        margin, lead = _operators.cpu_direction_(direction, target, ignore_index, transform)
     elif keep:
-        margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index)
+        margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index, transform)
     elif problem.inplace:
-        margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl)
+        margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl, transform)
         lead = statistics[2]
     else:
-        margin, statistics = _operators.margin(logits, target, ignore_index, impl)
+        margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
     loss, terms, totals = of_margins(problem, margin)
     coefficient = coefficients(terms, totals)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient)
     elif problem.inplace:
-        loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl)
+        loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl, transform)
     elif backward:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
@@ -167,7 +169,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
 def triton_loss(problem: Problem) -> Result:
     """An EDF with a fused form, by the Triton kernels."""
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
-    family, params = problem.emphasis.family, problem.emphasis.params
+    family, params, transform = problem.emphasis.family, problem.emphasis.params, problem.transform
     backward = needs_gradient(logits)
     weight = row_weights(problem)
     normalizer = _normalizer(problem, weight)
@@ -177,22 +179,24 @@ def triton_loss(problem: Problem) -> Result:
     attach = backward and not in_forward and (problem.inplace or problem.reduction == "none")
     if in_forward and problem.inplace:
         dlogits = logits.detach()
-        loss, rows, totals = _operators.triton_fused_(dlogits, target, weight, params, normalizer, family, ignore_index)
+        loss, rows, totals = _operators.triton_fused_(
+            dlogits, target, weight, params, normalizer, family, ignore_index, transform
+        )
         loss = _operators.attach_overwritten(logits, loss, dlogits)
     elif in_forward:
         loss, rows, totals, dlogits = _operators.triton_fused(
-            logits.detach(), target, weight, params, normalizer, family, ignore_index
+            logits.detach(), target, weight, params, normalizer, family, ignore_index, transform
         )
-        loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index)
+        loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index, transform)
     else:
         given = logits.detach() if attach else logits
-        loss, rows, totals = _operators.triton_loss(given, target, weight, params, normalizer, family, ignore_index)
+        loss, rows, totals = _operators.triton_loss(given, target, weight, params, normalizer, family, ignore_index, transform)
     rows, totals = rows.detach(), totals.detach()
     _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":
         loss = row_values(RowTerms(log_weight, sign, unit, value), 0.0, problem.emphasis.loss is not None)
     if attach:
-        loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace)
+        loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace, transform)
     if not problem.return_output:
         return Result(loss)
     return Result(loss, received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))

@@ -218,9 +218,26 @@ def check_options(reduction: str, normalizer: float | Tensor | None, eps: float 
         )
 
 
-def check_normalizer_device(normalizer: float | Tensor | None, logits: Tensor) -> None:
-    if isinstance(normalizer, Tensor) and normalizer.device != logits.device:
-        raise ValueError(f"normalizer: expected device {logits.device}, that of logits, got {normalizer.device}")
+def check_transform(softcap: float | Tensor | None, logit_scale: float | Tensor | None) -> None:
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is None:
+            continue
+        if isinstance(value, Tensor):
+            if value.dim() != 0:
+                raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+            if value.dtype.is_complex or value.dtype == torch.bool:
+                raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
+            if value.requires_grad:
+                raise ValueError(f"{name}: expected a tensor that does not require grad; it is a constant to autograd")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, a 0-d tensor or None, got {value!r}")
+        elif not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def check_scalar_device(name: str, value: float | Tensor | None, given: str, tensor: Tensor) -> None:
+    if isinstance(value, Tensor) and value.device != tensor.device:
+        raise ValueError(f"{name}: expected device {tensor.device}, that of {given}, got {value.device}")
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -107,6 +107,8 @@ def expected(
     `dloss` is the derivative by the loss, of its shape; 1 where it is None. `dtype` is that of the logits which the
     implementation saw, if it is another, and `logit_error` (N, V) by how much they may be off.
     """
+    if options.get("softcap") is not None or options.get("logit_scale") is not None:
+        return _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error, **options)
     logits, target = logits.detach().cpu(), target.cpu()
     options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
     z = logits.double().requires_grad_()
@@ -208,6 +210,35 @@ def expected(
     return Expected(loss, dlogits, *exact[1:], allowed)
 
 
+def _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error, *, softcap=None, logit_scale=None, **options):
+    """With z' = c tanh(x), x = s z / c: the truth for the logits z', whose gradient is multiplied by s / cosh(x)^2.
+
+    x has the relative error 2 u, which z' has at most, as x / (cosh x sinh x) <= 1; tanh has 4 u, and the product 1 u. Where
+    the raw logits have an error of their own, z' has at most s times that. The slope has 2 |x| u from x, twice that from the
+    exponential of 2 |x|, and 8 u from its own operations.
+    """
+    dtype = logits.dtype if dtype is None else dtype
+    u = torch.finfo(compute_dtype(dtype)).eps
+    raw = logits.detach().double().cpu()
+    scale = 1.0 if logit_scale is None else float(logit_scale)
+    x = raw * scale
+    off = torch.zeros_like(x) if logit_error is None else logit_error * abs(scale)
+    if softcap is None:
+        capped, slope, of_slope = x, torch.full_like(x, scale), torch.zeros_like(x)
+    else:
+        x = x / float(softcap)
+        capped, slope = float(softcap) * torch.tanh(x), scale / torch.cosh(x).square()
+        of_slope = (8 + 6 * x.abs()) * u + torch.expm1(2 * off / float(softcap))
+    error = off + 7 * u * capped.abs()
+    truth = expected(capped, target, emphasis, dloss, dtype=dtype, logit_error=error, **options)
+    allowed = dict(truth.allowed)
+    allowed["dlogits"] = slope * (allowed["dlogits"] + truth.dlogits.abs() * (of_slope + u))
+    # What is below the range of the storage dtype or of fp32 vanishes after the slope has been applied.
+    storage = torch.finfo(dtype)
+    allowed["dlogits"] += max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
+    return truth._replace(dlogits=truth.dlogits * slope, allowed=allowed)
+
+
 class LinearExpected(NamedTuple):
     """Exact results of the last layer and the loss in fp64, and by how much each may be missed."""
 
@@ -275,7 +306,7 @@ def expected_linear(
 
 
 def _lead(logits: Tensor, target: Tensor, error: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The label's logit less the largest other, (N,), and by how much it may be off."""
+    """The label's logit less the largest other, (N,), and by how much it may be off. A softcap keeps their order."""
     label = torch.where(target != ignore_index, target, 0).long()[:, None]
     lead = logits.gather(1, label)[:, 0] - logits.scatter(1, label, -math.inf).amax(1)
     return lead, 2 * error.amax(1)
