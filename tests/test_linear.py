@@ -91,7 +91,9 @@ def test_the_bound_is_that_of_the_unfused_computation(dtype):
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("emphasis", [DM, edf.GCE(), edf.CCE(), 2 * edf.CCE() + DM, lambda p, q: q], ids=str)
+@pytest.mark.parametrize(
+    "emphasis", [DM, edf.GCE(), edf.CCE(), 2 * edf.CCE() + DM, lambda p, q: q], ids=["dm", "gce", "cce", "sum", "custom"]
+)
 def test_equals_dm_loss_of_the_layers_logits_in_fp64(impl, reduction, mode, emphasis):
     x, w, b, target = layer()
     dloss = torch.linspace(-1, 2, len(x), dtype=torch.float64) if reduction == "none" else torch.tensor(0.75)
