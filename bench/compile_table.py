@@ -233,6 +233,8 @@ def compile_case(case: Case, target: GPUTarget):
         "UNIT": case.unit,
         "SPATIAL": bool(case.positions),
         "SKIP_ONE": False,
+        "transform_ptr": None,
+        "CAPPED": False,
         "STREAM": launch.stream,
         "ONE_BLOCK": one_block,
         "PARTS": triton.next_power_of_2(case.parts or 1),
@@ -252,6 +254,7 @@ def compile_case(case: Case, target: GPUTarget):
         "dlogits_ptr": f"*{case.dtype}",
         "target_ptr": "*i64",
         "params_ptr": "*fp64",
+        "transform_ptr": "*fp64",
         "totals_ptr": "*fp64",
         "normalizer_ptr": "*fp64",
         **dict.fromkeys(

@@ -86,6 +86,11 @@ class _Layout:
         }
 
 
+def _transform(transform: Tensor | None) -> dict[str, Any]:
+    """Scale and cap of the logits, see `fused_dm._api`, as the kernels take them."""
+    return {"transform_ptr": transform, "CAPPED": transform is not None and transform.shape[0] == 2}
+
+
 def _family(family: str) -> dict:
     log_weight, loss = kernels.FAMILIES.get(family) or DEVICE_FORMS.get(family, (None, None))
     if log_weight is None:
@@ -93,7 +98,9 @@ def _family(family: str) -> dict:
     return {"LOG_WEIGHT": log_weight, "LOSS": loss}
 
 
-def _split(layout: _Layout, launch: Launch, logits: Tensor, target: Tensor, ignore_index: int) -> dict[str, Any]:
+def _split(
+    layout: _Layout, launch: Launch, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None
+) -> dict[str, Any]:
     """One launch that finds the rows' statistics in parts; returns what the next launch combines them by."""
     sizes, spans = layout.sizes, launch.spans(layout.sizes)
     parts = logits.new_empty((2, spans, sizes.rows), dtype=compute_dtype(logits.dtype))
@@ -104,6 +111,7 @@ def _split(layout: _Layout, launch: Launch, logits: Tensor, target: Tensor, igno
         N=sizes.rows,
         SPAN=launch.span,
         ignore_index=ignore_index,
+        **_transform(transform),
         **layout.arguments(launch),
     )
     return {"parts_ptr": parts, "parts": spans, "PARTS": triton.next_power_of_2(spans)}
@@ -112,7 +120,7 @@ def _split(layout: _Layout, launch: Launch, logits: Tensor, target: Tensor, igno
 NO_PARTS: dict[str, Any] = {"parts_ptr": None, "parts": 1, "PARTS": 1}
 
 
-def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N), max, sum, lead, of logits (N, V) or (images, V, D): one launch, or two."""
     dtype, rows = compute_dtype(logits.dtype), target.shape[0]
     statistics = logits.new_empty((3, rows), dtype=dtype)
@@ -122,7 +130,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
         launch, parts = _launch.margin(layout.sizes, _properties(logits.device)), NO_PARTS
         with _device(logits):
             if launch.way == "split":
-                parts = _split(layout, launch, logits, target, ignore_index)
+                parts = _split(layout, launch, logits, target, ignore_index, transform)
                 launch = _launch.combining(layout.sizes, parts["parts"])
             kernels.margin_kernel[(launch.tiles(layout.sizes),)](
                 logits_ptr=logits,
@@ -131,6 +139,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
                 margin_ptr=margins,
                 N=rows,
                 ignore_index=ignore_index,
+                **_transform(transform),
                 **parts,
                 **layout.arguments(launch),
             )
@@ -146,6 +155,7 @@ def loss_and_rows(
     family: str,
     ignore_index: int,
     out: Tensor | None = None,
+    transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,), with dlogits for dloss = 1 written to `out` if given, which may be the logits.
 
@@ -168,6 +178,7 @@ def loss_and_rows(
         "rows_ptr": buffer,
         "N": rows,
         "ignore_index": ignore_index,
+        **_transform(transform),
         **_family(family),
     }
     result = {"normalizer_ptr": normalizer, "loss_ptr": loss, "totals_ptr": totals}
@@ -175,12 +186,12 @@ def loss_and_rows(
         if launch.way in ("alone", "split"):
             parts = NO_PARTS
             if launch.way == "split":
-                parts = _split(layout, launch, logits, target, ignore_index)
+                parts = _split(layout, launch, logits, target, ignore_index, transform)
                 launch = _launch.combining(layout.sizes, parts["parts"])
             tiles = launch.tiles(layout.sizes)
             kernels.batch_kernel[(1,)](**given, **result, tiles=tiles, **parts, **layout.arguments(launch))
             if out is not None:
-                _gradient(logits, target, buffer, totals, None, ignore_index, out, whole)
+                _gradient(logits, target, buffer, totals, None, ignore_index, out, whole, False, transform)
             return loss, buffer, totals
         programs = launch.tiles(whole.sizes)
         partials = logits.new_empty((3, programs), dtype=dtype)
@@ -217,7 +228,8 @@ def _gradient(
     ignore_index: int,
     out: Tensor,
     layout: _Layout,
-    skip_one: bool = False,
+    skip_one: bool,
+    transform: Tensor | None,
 ) -> None:
     launch = _launch.gradient(layout.sizes, _properties(logits.device), whole_rows=skip_one)
     kernels.gradient_kernel[(launch.tiles(layout.sizes) * launch.spans(layout.sizes),)](
@@ -233,6 +245,7 @@ def _gradient(
         ignore_index=ignore_index,
         SKIP_ONE=skip_one,
         STREAM=launch.stream,
+        **_transform(transform),
         **layout.arguments(launch),
     )
 
@@ -246,6 +259,7 @@ def gradient(
     ignore_index: int,
     out: Tensor | None = None,
     skip_one: bool = False,
+    transform: Tensor | None = None,
 ) -> Tensor:
     """dlogits from the rows' numbers: one launch, into `out` where that is given; it may be the logits themselves.
 
@@ -256,7 +270,18 @@ def gradient(
     if logits.numel():
         layout = _Layout(logits=logits, dlogits=dlogits)
         with _device(logits):
-            _gradient(logits, target.contiguous(), rows, totals, dloss.contiguous(), ignore_index, dlogits, layout, skip_one)
+            _gradient(
+                logits,
+                target.contiguous(),
+                rows,
+                totals,
+                dloss.contiguous(),
+                ignore_index,
+                dlogits,
+                layout,
+                skip_one,
+                transform,
+            )
     return dlogits
 
 

@@ -11,7 +11,7 @@ KERNELS = ROOT / "kernels" / "fused_dm_kernels"
 
 # What each module imports of the project. A new module is added here, with what it is allowed.
 EDGES = {
-    "__init__": {"edf", "reference", "schedules", "_api", "_environment", "_report"},
+    "__init__": {"edf", "reference", "schedules", "_api", "_environment", "_linear", "_report"},
     "__main__": {"_cli", "_extras"},
     "_api": {"_loss", "_operators", "_validation", "edf", "reference"},
     "_cli": {"_environment", "_extras", "_plot", "edf"},
@@ -19,6 +19,9 @@ EDGES = {
     "_environment": {"_api", "__version__"},
     "_extras": set(),
     "_launch": set(),
+    "_linear": {"_api", "_linear_operators", "_loss", "_operators", "_rows", "_validation", "edf", "reference"},
+    "_linear_blocks": {"_cpu", "_rows", "_triton", "edf"},
+    "_linear_operators": {"_cpu", "_linear_blocks", "_rows"},
     "_loss": {"_operators", "_rows", "_validation"},
     "_operators": {"_cpu", "_rows", "_triton"},
     "_plot": {"_report", "edf"},

@@ -36,6 +36,8 @@ def row_statistics(
     read,
     strides,
     dtype,
+    transform_ptr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,7 +49,7 @@ def row_statistics(
     for first in range(begin, end, BLOCK_V):
         cols = first + tl.arange(0, BLOCK_V)
         offset = class_offsets(cols, strides, UNIT, SPATIAL)
-        logits = load_block(logits_ptr, start, offset, cols, V, active, read, SPATIAL, "")
+        logits = load_block(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, "")
         row_max, row_sum, _ = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     return row_max, row_sum
 
@@ -65,6 +67,8 @@ def own_statistics(
     strides,
     ignore_index,
     dtype,
+    transform_ptr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     PARTS: tl.constexpr,
@@ -79,11 +83,27 @@ def own_statistics(
     row = image * D + position
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
     start = row_starts(image, position, strides, UNIT, SPATIAL)
-    label_logit = load_label(logits_ptr, start, class_offsets(target, strides, UNIT, SPATIAL), target, V, valid)
+    offset = class_offsets(target, strides, UNIT, SPATIAL)
+    label_logit = load_label(logits_ptr, start, offset, target, V, valid, transform_ptr, CAPPED)
     if parts_ptr is None:
         read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
         row_max, row_sum = row_statistics(
-            logits_ptr, start, target, 0, V, V, valid, read, strides, dtype, UNIT, SPATIAL, BLOCK_N, BLOCK_V
+            logits_ptr,
+            start,
+            target,
+            0,
+            V,
+            V,
+            valid,
+            read,
+            strides,
+            dtype,
+            transform_ptr,
+            CAPPED,
+            UNIT,
+            SPATIAL,
+            BLOCK_N,
+            BLOCK_V,
         )
     else:
         row_max, row_sum = combined_parts(parts_ptr, row, exists, N, parts, PARTS)
@@ -94,6 +114,7 @@ def own_statistics(
 def split_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     parts_ptr,  # (2, parts, N) out: max, sum
     N,
     V,  # in units of UNIT unless SPATIAL
@@ -101,6 +122,7 @@ def split_kernel(
     SPAN,  # classes of a part, a multiple of BLOCK_V
     logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
     ignore_index,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,7 +143,22 @@ def split_kernel(
     begin, end = part * SPAN, tl.minimum(part * SPAN + SPAN, V)
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     row_max, row_sum = row_statistics(
-        logits_ptr, start, target, begin, end, V, valid, read, logits_strides, dtype, UNIT, SPATIAL, BLOCK_N, BLOCK_V
+        logits_ptr,
+        start,
+        target,
+        begin,
+        end,
+        V,
+        valid,
+        read,
+        logits_strides,
+        dtype,
+        transform_ptr,
+        CAPPED,
+        UNIT,
+        SPATIAL,
+        BLOCK_N,
+        BLOCK_V,
     )
     N = N.to(tl.int64)
     tl.store(parts_ptr + part * N + row, row_max, mask=exists)
@@ -132,6 +169,7 @@ def split_kernel(
 def margin_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     parts_ptr,  # (2, parts, N) of the split kernel, or None
     rows_ptr,  # (3, N) out: max, sum, lead
     margin_ptr,  # (N,) out
@@ -141,6 +179,7 @@ def margin_kernel(
     parts,
     logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
     ignore_index,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     PARTS: tl.constexpr,  # a power of 2, at least parts
@@ -155,8 +194,8 @@ def margin_kernel(
     tile = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, exists, valid, label_logit, row_max, row_sum = own_statistics(
-        logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, UNIT, SPATIAL, PARTS,
-        BLOCK_N, BLOCK_V,
+        logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
+        UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V,
     )  # fmt: skip
     lead, margin = margin_of(label_logit, row_max, row_sum)
     tl.store(rows_ptr + row, row_max, mask=exists)
@@ -169,6 +208,7 @@ def margin_kernel(
 def forward_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     rows_ptr,  # (7, N) out
@@ -180,6 +220,7 @@ def forward_kernel(
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -193,7 +234,24 @@ def forward_kernel(
     tile = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, exists, valid, label_logit, row_max, row_sum = own_statistics(
-        logits_ptr, target_ptr, None, tile, N, V, D, 1, logits_strides, ignore_index, dtype, UNIT, SPATIAL, 1, BLOCK_N, BLOCK_V
+        logits_ptr,
+        target_ptr,
+        None,
+        tile,
+        N,
+        V,
+        D,
+        1,
+        logits_strides,
+        ignore_index,
+        dtype,
+        transform_ptr,
+        CAPPED,
+        UNIT,
+        SPATIAL,
+        1,
+        BLOCK_N,
+        BLOCK_V,
     )
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
@@ -205,6 +263,7 @@ def forward_kernel(
 def batch_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     parts_ptr,  # (2, parts, N) of the split kernel, or None
@@ -221,6 +280,7 @@ def batch_kernel(
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     PARTS: tl.constexpr,  # a power of 2, at least parts
@@ -241,8 +301,8 @@ def batch_kernel(
     values = tl.zeros([], tl.float64)
     for tile in tl.range(0, tiles, num_stages=1):
         row, exists, valid, label_logit, row_max, row_sum = own_statistics(
-            logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, UNIT, SPATIAL, PARTS,
-            BLOCK_N, BLOCK_V,
+            logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
+            UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V,
         )  # fmt: skip
         lead, margin = margin_of(label_logit, row_max, row_sum)
         log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)

@@ -13,6 +13,7 @@ from .rows import (
     in_words_again,
     load_block,
     load_label,
+    load_with_slope,
     margin_of,
     other_classes,
     own_labels,
@@ -30,6 +31,7 @@ from .rows import (
 def fused_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     normalizer_ptr,  # () fp64
@@ -44,6 +46,7 @@ def fused_kernel(
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK_V: no loop, which leaves registers for a larger block
@@ -69,7 +72,8 @@ def fused_kernel(
     start = row_starts(image, position, logits_strides, UNIT, SPATIAL)
     out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
     read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
-    label_logit = load_label(logits_ptr, start, class_offsets(target, logits_strides, UNIT, SPATIAL), target, V, valid)
+    offset = class_offsets(target, logits_strides, UNIT, SPATIAL)
+    label_logit = load_label(logits_ptr, start, offset, target, V, valid, transform_ptr, CAPPED)
     row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
     row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
     exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
@@ -77,7 +81,7 @@ def fused_kernel(
     for block in range(0, blocks):
         cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
         offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
-        logits = load_block(logits_ptr, start, offset, cols, V, valid, read, SPATIAL, KEEP)
+        logits = load_block(logits_ptr, start, offset, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL, KEEP)
         row_max, row_sum, exps = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
@@ -85,16 +89,23 @@ def fused_kernel(
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
     active = k != 0.0
+    read = in_words_again(read, active, UNIT, SPATIAL)
     exps = tl.where(active[:, None], exps, 0.0)
     last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    gradient = gradient_of(exps, last, target, k, row_sum)
+    if transform_ptr is not None:
+        # Read again for the slope rather than kept in registers beside the exponentials.
+        offset = class_offsets(last, logits_strides, UNIT, SPATIAL)
+        _, slope = load_with_slope(logits_ptr, start, offset, last, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
+        gradient *= slope
     offset = class_offsets(last, dlogits_strides, UNIT, SPATIAL)
-    store_block(dlogits_ptr, out_start, offset, last, gradient_of(exps, last, target, k, row_sum), V, exists, DROP)
-    read = in_words_again(read, active, UNIT, SPATIAL)
+    store_block(dlogits_ptr, out_start, offset, last, gradient, V, exists, DROP)
     base = tl.where(active, finite_max(row_max), 0.0)
     for done in range(1, blocks):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
         offset = class_offsets(again, logits_strides, UNIT, SPATIAL)
-        logits = load_block(logits_ptr, start, offset, again, V, active, read, SPATIAL, DROP)
+        logits, slope = load_with_slope(logits_ptr, start, offset, again, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
         exps = exp(other_classes(logits, again, target) - base[:, None])
+        gradient = gradient_of(exps, again, target, k, row_sum) * slope
         offset = class_offsets(again, dlogits_strides, UNIT, SPATIAL)
-        store_block(dlogits_ptr, out_start, offset, again, gradient_of(exps, again, target, k, row_sum), V, exists, DROP)
+        store_block(dlogits_ptr, out_start, offset, again, gradient, V, exists, DROP)

@@ -11,7 +11,7 @@ from .rows import (
     gradient_of,
     in_words,
     in_words_again,
-    load_block,
+    load_with_slope,
     other_classes,
     own_labels,
     own_positions,
@@ -25,6 +25,7 @@ def gradient_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     rows_ptr,  # (7, N), or (3, N) without totals
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     totals_ptr,  # (3,) fp64, or None: dloss is then the derivative by the margin
     dloss_ptr,  # () or (N,), or None: 1
     dlogits_ptr,  # (images, V, D) out; may be the logits themselves
@@ -38,6 +39,7 @@ def gradient_kernel(
     ignore_index,
     SKIP_ONE: tl.constexpr,
     STREAM: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,10 +91,11 @@ def gradient_kernel(
     for first in range(begin, end, BLOCK_V):
         cols = first + tl.arange(0, BLOCK_V)
         offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
-        logits = load_block(logits_ptr, start, offset, cols, V, active, read, SPATIAL, DROP)
+        logits, slope = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
         exps = exp(other_classes(logits, cols, target) - base[:, None])
         offset = class_offsets(cols, dlogits_strides, UNIT, SPATIAL)
-        store_block(dlogits_ptr, out_start, offset, cols, gradient_of(exps, cols, target, k, row_sum), V, exists, DROP)
+        gradient = gradient_of(exps, cols, target, k, row_sum) * slope
+        store_block(dlogits_ptr, out_start, offset, cols, gradient, V, exists, DROP)
 
 
 @triton.jit(do_not_specialize=["D"])

@@ -8,7 +8,7 @@ The derivations are in kernels/README.md.
 import triton
 import triton.language as tl
 
-from .numerics import INF, exp, sigmoids
+from .numerics import INF, exp, sigmoids, tanh_and_slope
 
 
 @triton.jit
@@ -73,8 +73,38 @@ def in_words_again(read, active, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
 
 
 @triton.jit
-def load_block(logits_ptr, start, offset, cols, V, active, read, SPATIAL: tl.constexpr, EVICT: tl.constexpr):
-    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside.
+def transformed(raw, transform_ptr, CAPPED: tl.constexpr):
+    """Logits as the loss takes them, and their derivative by the raw ones: z; scale z; or cap tanh(scale z / cap).
+
+    transform_ptr is None, or points to scale and, if CAPPED, cap, in fp64.
+    """
+    if transform_ptr is None:
+        return raw, 1.0
+    else:
+        scale = tl.load(transform_ptr).to(raw.dtype)
+        if CAPPED:
+            cap = tl.load(transform_ptr + 1).to(raw.dtype)
+            share, slope = tanh_and_slope(raw * scale / cap)
+            return cap * share, scale * slope
+        else:
+            return raw * scale, scale
+
+
+@triton.jit
+def load_with_slope(
+    logits_ptr,
+    start,
+    offset,
+    cols,
+    V,
+    active,
+    read,
+    transform_ptr,
+    CAPPED: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype, -inf outside; and their slope.
 
     `offset` are those of `cols`, and `read` the rows of `in_words`.
     """
@@ -82,18 +112,44 @@ def load_block(logits_ptr, start, offset, cols, V, active, read, SPATIAL: tl.con
     logits = tl.load(logits_ptr + start[:, None] + offset[None, :], mask=inside, other=-INF, eviction_policy=EVICT)
     if logits.dtype != tl.float64:
         logits = logits.to(tl.float32)
-    if SPATIAL:
-        logits = tl.where(active[:, None], logits, -INF)
+    if transform_ptr is None:
+        if SPATIAL:
+            logits = tl.where(active[:, None], logits, -INF)
+        return logits, 1.0
+    else:
+        # A row that was read for its neighbours' sake may hold anything.
+        inside &= active[:, None]
+        logits, slope = transformed(logits, transform_ptr, CAPPED)
+        return tl.where(inside, logits, -INF), tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def load_block(
+    logits_ptr,
+    start,
+    offset,
+    cols,
+    V,
+    active,
+    read,
+    transform_ptr,
+    CAPPED: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside."""
+    logits, _ = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, EVICT)
     return logits
 
 
 @triton.jit
-def load_label(logits_ptr, start, offset, target, V, active):
+def load_label(logits_ptr, start, offset, target, V, active, transform_ptr, CAPPED: tl.constexpr):
     """z_y of the active rows; nan where it is +inf or the label is not a class, so that neither can pass unseen."""
     is_class = (target >= 0) & (target < V)
     logit = tl.load(logits_ptr + start + offset, mask=active & is_class, other=0.0)
     if logit.dtype != tl.float64:
         logit = logit.to(tl.float32)
+    logit, _ = transformed(logit, transform_ptr, CAPPED)
     return tl.where((active & ~is_class) | (logit == INF), float("nan"), logit)
 
 

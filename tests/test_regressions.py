@@ -1,0 +1,45 @@
+"""What `make fuzz` once found, each with a name."""
+
+import math
+
+import pytest
+import torch
+from batches import GPU, IMPLEMENTATIONS, device_of, make, run
+from tolerance import check, compare, expected
+
+from fused_dm import dm_loss, edf
+
+DM = edf.DM(beta=8, lambd=0.5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_an_ignored_row_has_weight_0_where_the_batch_has_no_value(impl):
+    """Of a batch whose sum of weights is nan, ignored rows had example_weight nan: 0 / nan."""
+    logits, target = make(4, 6)
+    logits[0, int(target[0]) - 1] = math.nan
+    target[1] = -100
+    output, _ = run(impl, logits, target, DM)
+    assert output.loss.isnan()
+    assert output.example_weight[1] == 0
+    assert output.target_prob[1].isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("classes", [2**16, 10**6])
+def test_the_exponentials_of_a_long_row_add_up(impl, classes):
+    """torch's softmax was off by 2e-6 for 2^16 classes and by 5e-4 for 10^7: it adds them up one after the other."""
+    logits, target = make(2, classes, scale=0.5)
+    check(*run(impl, logits, target, edf.CCE(), reduction="mean"), expected(logits, target, edf.CCE(), reduction="mean"))
+
+
+def test_a_subnormal_gradient_that_is_multiplied_where_it_lies():
+    """The interpreter, not the kernel, took a subnormal of bf16 for another number: 2e-38 for 3e-39."""
+    logits = torch.tensor([[0.0, 0.0, -88.75]], dtype=torch.bfloat16)
+    leaf = logits.to(device_of("triton")).requires_grad_()
+    target = torch.tensor([0], device=leaf.device)
+    loss = dm_loss(leaf * 1, target, edf.Uniform(), reduction="mean", inplace=True, impl="triton")
+    (dlogits,) = torch.autograd.grad(loss, leaf, torch.tensor(-2.0, device=leaf.device))
+    truth = expected(logits, target, edf.Uniform(), torch.tensor(-2.0), reduction="mean")
+    compare("dlogits", dlogits, truth.dlogits, truth.allowed["dlogits"])
+    subnormal = dlogits[0, 2].item() / truth.dlogits[0, 2].item()
+    assert GPU or abs(subnormal - 1) < torch.finfo(torch.bfloat16).eps * 8
