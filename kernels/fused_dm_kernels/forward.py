@@ -83,8 +83,8 @@ def own_statistics(
     row = image * D + position
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
     start = row_starts(image, position, strides, UNIT, SPATIAL)
-    offset = class_offsets(target, strides, UNIT, SPATIAL)
-    label_logit = load_label(logits_ptr, start, offset, target, V, valid, transform_ptr, CAPPED)
+    label_offset = class_offsets(target, strides, UNIT, SPATIAL)
+    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
     if parts_ptr is None:
         read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
         row_max, row_sum = row_statistics(
