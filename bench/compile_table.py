@@ -97,7 +97,10 @@ class Case:
             return _launch.combining(self.sizes, self.parts)
         if self.kernel in ("gradient", "multiply"):
             return _launch.gradient(self.sizes, H100, whole_rows=self.kernel == "multiply")
-        chosen = {"fused": _launch.fused, "margin": _launch.margin}.get(self.kernel, _launch.forward)(self.sizes, H100)
+        if self.kernel == "fused":
+            chosen = _launch.fused(self.sizes, H100, capped="CAPPED" in self.constants)
+        else:
+            chosen = {"margin": _launch.margin}.get(self.kernel, _launch.forward)(self.sizes, H100)
         way = {"split": "split", "batch": "alone"}.get(self.kernel, "tiles")
         if chosen.way != way:
             raise ValueError(f"{self}: expected a shape that is launched by {way}, got {chosen}")
@@ -132,6 +135,7 @@ class Row:
     one_block: bool
     spatial: bool
     combines: bool
+    capped: bool
     block_n: int
     block_v: int
     warps: int
@@ -171,7 +175,9 @@ class Row:
         rows = max(1, min(self.block_n, self.elements // vector if self.aligned else self.elements))
         if self.spatial:
             rows = max(rows, vector)
-        allowed = passes * self.elements + (EXP_PER_ROW + EXP_OF_FAMILY[self.family]) * rows
+        # A softcap takes the exponentials of a tanh; the fused kernel does it once more, for the slope of its last block.
+        per_element = passes + 2 * (passes + (self.kernel == "fused")) if self.capped else passes
+        allowed = per_element * self.elements + (EXP_PER_ROW + EXP_OF_FAMILY[self.family]) * rows
         if self.exps > allowed:
             found.append(f"{self.exps} exponentials for {self.elements} elements, expected at most {allowed}")
         return found
@@ -197,6 +203,7 @@ CASES = [
     Case("totals", "fp32", 0),
 ]
 RUN_TIME = object()
+CAPPED = {"transform_ptr": RUN_TIME, "CAPPED": True}
 ONES = dict.fromkeys(("V", "dloss_stride", "ignore_index", "parts"), 1)
 # Every family, dtype and option compiles; one target shows it.
 VARIANTS = [
@@ -215,6 +222,11 @@ VARIANTS = [
     Case("gradient", "bf16", 128256, constants={"totals_ptr": None}),
     Case("gradient", "bf16", 21, constants={"totals_ptr": None}, **IMAGE),
     Case("gradient", "bf16", 10**7, rows=16, constants={"dloss_ptr": None}),
+    *(Case(kernel, "bf16", 128256, constants=CAPPED) for kernel in ("margin", "forward", "gradient", "fused")),
+    *(Case("fused", dtype, classes, constants=CAPPED) for dtype in ("bf16", "fp32") for classes in (1000, 8192, 32000)),
+    *(Case(kernel, "bf16", 21, constants=CAPPED, **IMAGE) for kernel in ("forward", "gradient", "fused")),
+    Case("batch", "bf16", 100, rows=32, constants=CAPPED),
+    Case("split", "bf16", 10**7, rows=16, constants=CAPPED),
     Case("totals", "fp32", 0, constants={"P": 1}),
     *(Case("totals", "fp32", 0, family, constants={"normalizer_ptr": RUN_TIME}) for family in ("dm", "cce")),
 ]
@@ -352,6 +364,7 @@ def measure(case: Case, name: str) -> Row:
         one_block=launch.span == launch.block_v,
         spatial=bool(case.positions),
         combines=bool(case.parts),
+        capped="CAPPED" in case.constants,
         block_n=launch.block_n,
         block_v=columns,
         warps=launch.num_warps,

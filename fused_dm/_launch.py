@@ -121,11 +121,12 @@ def margin(sizes: Sizes, device: Device) -> Launch:
     return _cut("split", sizes, RESIDENT * device.multiprocessors)
 
 
-def fused(sizes: Sizes, device: Device) -> Launch:
+def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     """Of the single fused kernel, which keeps a block in registers: tiles; or split, for its work in three launches.
 
     A row of up to 64 KiB is read once; longer rows take wide programs, so that few rows are in flight and the second read finds
-    them in L2. More in registers spills.
+    them in L2. More in registers spills, and half as much with a softcap, whose slope is as much again; 8 warps have the
+    registers for that.
     """
     launch = tiles(sizes)
     width = _power_of_2(sizes.classes)
@@ -133,6 +134,8 @@ def fused(sizes: Sizes, device: Device) -> Launch:
         registers = 65536 // sizes.itemsize
         block_v = width if width <= registers else min(16384, registers)
         launch = _whole("tiles", sizes, 1, block_v, max(8, min(16, block_v * sizes.itemsize // 2048)))
+        if capped:
+            launch = _whole("tiles", sizes, 1, min(block_v, 2 * TILE), 8)
     programs = launch.tiles(sizes)
     if 0 < programs < device.multiprocessors and sizes.classes > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.

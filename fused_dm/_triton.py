@@ -166,7 +166,11 @@ def loss_and_rows(
     layout = _Layout(logits=logits)
     whole = layout if out is None else _Layout(logits=logits, dlogits=out)
     device = _properties(logits.device)
-    launch = _launch.forward(layout.sizes, device) if out is None else _launch.fused(whole.sizes, device)
+    launch = (
+        _launch.forward(layout.sizes, device)
+        if out is None
+        else _launch.fused(whole.sizes, device, _transform(transform)["CAPPED"])
+    )
     buffer = logits.new_empty((7, rows), dtype=dtype)
     loss = logits.new_empty((), dtype=dtype)
     totals = logits.new_empty(3, dtype=torch.float64)

@@ -48,21 +48,21 @@ WAYS = {
     "tiles": {
         "forward": lambda sizes, device: _launch.tiles(sizes),
         "margin": lambda sizes, device: _launch.tiles(sizes),
-        "fused": lambda sizes, device: _launch.tiles(sizes)._replace(stream=True),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes)._replace(stream=True),
     },
     "alone": {
         "forward": lambda sizes, device: _launch.tiles(sizes)._replace(way="alone"),
-        "fused": lambda sizes, device: _launch.tiles(sizes)._replace(way="alone"),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes)._replace(way="alone"),
     },
     "split": {
         "forward": lambda sizes, device: _one_block_each("split", sizes),
         "margin": lambda sizes, device: _one_block_each("split", sizes),
-        "fused": lambda sizes, device: _one_block_each("split", sizes),
+        "fused": lambda sizes, device, capped=False: _one_block_each("split", sizes),
         "gradient": lambda sizes, device, whole_rows=False: _one_block_each("spans", sizes),
     },
     "small blocks": {
         "forward": lambda sizes, device: _fused_in_blocks(sizes),
-        "fused": lambda sizes, device: _fused_in_blocks(sizes),
+        "fused": lambda sizes, device, capped=False: _fused_in_blocks(sizes),
         "gradient": lambda sizes, device, whole_rows=False: _fused_in_blocks(sizes)._replace(way="spans"),
     },
 }
