@@ -94,6 +94,28 @@ def test_every_way_in_place(way, dloss, reduction):
     check(output, leaf.grad, truth)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", [{"softcap": 20.0}, {"logit_scale": 0.5}], ids=str)
+def test_every_way_with_transformed_logits(way, reduction, options):
+    """Positions whose neighbours alone count are read with them, and have no slope."""
+    logits, target = make(48, 60, seed=6, ignored=0.4)
+    truth = expected(logits, target, DM, reduction=reduction, **options)
+    logits[target == -100] = torch.nan
+    spatial = logits.reshape(3, 16, 60).transpose(1, 2).contiguous().to(device_of("triton"))
+    where = target.reshape(3, 16).to(spatial.device)
+    rows, spots = logits.to(spatial.device).requires_grad_(), spatial.requires_grad_()
+    with forced(way):
+        plain = dm_loss(rows, target.to(rows.device), DM, impl="triton", return_output=True, reduction=reduction, **options)
+        plain.loss.backward()
+        output = dm_loss(spots, where, DM, impl="triton", return_output=True, reduction=reduction, **options)
+        output.loss.backward()
+    check(plain, rows.grad, truth)
+    names = ("example_weight", "target_prob", "correct")
+    flat = output._replace(**{name: getattr(output, name).flatten() for name in names})
+    check(flat, spots.grad.transpose(1, 2).reshape(48, 60), truth)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_parts_of_a_row_combine_as_the_whole(parts, dtype):
@@ -191,6 +213,12 @@ def test_a_row_of_64_kib_is_one_block():
         assert not inside.stream
         assert beyond.span > beyond.block_v
         assert beyond.stream
+
+
+def test_a_softcap_halves_what_registers_hold():
+    launch = _launch.fused(Sizes(1, 8192, 32000, 2), H100, capped=True)
+    assert (launch.block_v, launch.num_warps, launch.span) == (8192, 8, 32768)
+    assert _launch.fused(Sizes(1, 8192, 1000, 2), H100, capped=True) == _launch.fused(Sizes(1, 8192, 1000, 2), H100)
 
 
 def test_the_fused_kernel_is_given_up_where_it_would_idle():
