@@ -516,7 +516,7 @@ def main() -> None:
     table = Proof(folder.resolve())
     complete = True
     try:
-        sdist, wheel, metadata = build(table, table.folder / "dist")
+        sdist, wheel, metadata = build(table, table.folder / f"dist-{options.part or 'all'}")
         for part in PARTS:
             proof, kept = Proof(table.folder), table.folder / f"{part}.json"
             if options.part in (None, part):
