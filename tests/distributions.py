@@ -260,9 +260,9 @@ class Proof:
     def write(self, path: Path) -> None:
         """The table, the environments' versions first."""
         lines = [
-            "What `make package` did and found. The environments are outside the source tree and new, but for torch if they were kept;",
-            "where the package is installed, every program checks that it ran on that. A command whose message is given must fail",
-            "with it. The seconds are those of a machine that may have been busy.",
+            "What `make package` did and found. The environments are outside the source tree and, but for a torch that was kept,",
+            "new; where the package is installed, every program checks that it ran on that. A command whose message is given",
+            "must fail with it. The seconds are those of a machine that may have been busy.",
             "",
             *(f"- **{name}**: {versions}" for name, versions in self.versions.items()),
             "",
