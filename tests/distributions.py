@@ -260,7 +260,7 @@ class Proof:
     def write(self, path: Path) -> None:
         """The table, the environments' versions first."""
         lines = [
-            "What `make package` did and found. The environments are outside the source tree and, but for a torch that was kept,",
+            "What `make package` did and found. The environments lie outside the source tree and, but for a kept torch,",
             "new; where the package is installed, every program checks that it ran on that. A command whose message is given",
             "must fail with it. The seconds are those of a machine that may have been busy.",
             "",
