@@ -261,8 +261,10 @@ def gradients(
             out = None if weighting.relative else block
             row_weight = None if weighting.row_weight is None else weighting.row_weight[at]
             launch = _triton()
+            # The loss of the block alone, which is not used, is inf if weights overflow that nothing divides.
+            divisor = None if weighting.relative else one
             _, numbers, _ = launch.loss_and_rows(
-                block, labels, row_weight, weighting.params, one, weighting.family, ignore_index, out, transform
+                block, labels, row_weight, weighting.params, divisor, weighting.family, ignore_index, out, transform
             )
             _, row_sum, lead[at], log_weight, *_ = numbers.unbind()
             margin[at] = lead[at] - row_sum.log()
