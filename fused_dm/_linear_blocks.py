@@ -18,7 +18,7 @@ from .edf._forms import FAMILIES
 
 GPU_BYTES = 512 << 20
 # A matrix product of fewer rows reads the layer's weight for too little work.
-CPU_ROWS = 64
+CPU_ROWS = 96
 # Rows of a block on a GPU are a multiple of this where they are more: the tile of a matrix product.
 GPU_TILE = 128
 # In fp16 the largest coefficient is about half of this, so that the numbers above 4e-9 of it keep all their digits.
