@@ -102,6 +102,13 @@ def _rows_of(logits: Tensor) -> Tensor:
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
+def _planes_of(logits: Tensor) -> Tensor:
+    """The logits as the CPU implementation takes them: rows where these lie in memory as such, else (B, V, P) as it is."""
+    if logits.dim() < 3 or not logits.numel() or logits.movedim(1, -1).is_contiguous():
+        return _rows_of(logits)
+    return logits.flatten(2)
+
+
 def _compute(
     logits: Tensor,
     target: Tensor,
@@ -129,7 +136,8 @@ def _compute(
     inplace = inplace and needs_gradient(logits)
     if _validation.validates_labels(first=inplace and impl == "cpu"):
         _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
-    rows = _rows_of(_operators.take(logits) if inplace else logits)
+    shaped = _planes_of if impl == "cpu" else _rows_of
+    rows = shaped(_operators.take(logits) if inplace else logits)
     divisor = _normalizer(normalizer, logits.device)
     if impl == "reference":
         loss, *rest = reference.dm_loss(
@@ -444,7 +452,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
     _validation.check_transforms(logits, impl)
-    rows, labels = _rows_of(logits), target.reshape(-1).long()
+    rows, labels = (_planes_of if impl == "cpu" else _rows_of)(logits), target.reshape(-1).long()
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)
     if impl == "reference":

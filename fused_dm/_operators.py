@@ -49,7 +49,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, impl: str) -> tupl
 @margin.register_fake
 def _(logits, target, ignore_index, impl):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)
 
 
@@ -198,7 +198,7 @@ def cpu_direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Te
 @cpu_direction.register_fake
 def _(logits, target, ignore_index):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
@@ -215,7 +215,7 @@ def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[T
 @cpu_direction_.register_fake
 def _(logits, target, ignore_index):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 

@@ -74,14 +74,17 @@ FAULTS = [
     Fault("beta and lambd swapped", f"{KERNELS}/densities.py", "return beta * exp(lambd * log_p + log_q)", "return lambd * exp(beta * log_p + log_q)"),
     Fault("parameters in fp32", "fused_dm/_api.py", "        params = torch.tensor(values, dtype=torch.float64, device=device)", "        params = torch.tensor(values, dtype=torch.float32, device=device).double()"),
     # CPU
-    Fault("CPU: label not masked", "fused_dm/_cpu.py", "out.scatter_(1, self.label[rows], -math.inf)", "out"),
-    Fault("CPU: last row of a block dropped", "fused_dm/_cpu.py", "min(start + height, rows))", "min(start + height, rows) - (start > 0))"),
-    Fault("CPU: row sum inverted", "fused_dm/_cpu.py", "out.amax(1).reciprocal()", "out.amax(1)"),
-    Fault("CPU: label's gradient missing", "fused_dm/_cpu.py", "block.scatter_(1, walk.label[rows], -1.0)", "block"),
-    Fault("CPU: label's gradient of fp16 with the wrong sign", "fused_dm/_cpu.py", "walk.label[rows], -factor[:, None])", "walk.label[rows], factor[:, None])"),
-    Fault("CPU: factor rounded to the storage", "fused_dm/_cpu.py", ".mul_(factor[rows, None])\n    zero", ".mul_(factor[rows, None].to(matrix.dtype))\n    zero"),
-    Fault("CPU: rows with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.index_fill_(0, zero, 0.0)", "        pass"),
-    Fault("CPU: scaled by the first row's factor", "fused_dm/_cpu.py", "matrix[rows].mul_(factor[rows, None])", "matrix[rows].mul_(factor[0])"),
+    Fault("CPU: label not masked", "fused_dm/_cpu.py", "out.scatter_(1, label, -math.inf)", "out"),
+    Fault("CPU: last rows dropped", "fused_dm/_cpu.py", "return -(-self.rows // self.height) * across", "return max(1, self.rows // self.height) * across"),
+    Fault("CPU: the label's 1 left in the sum", "fused_dm/_cpu.py", "out=sums[number]).sub_(1)", "out=sums[number])"),
+    Fault("CPU: row sum inverted", "fused_dm/_cpu.py", "row_sum.clamp(min=0.5).reciprocal_()", "row_sum.clamp(min=0.5)"),
+    Fault("CPU: label's gradient missing", "fused_dm/_cpu.py", "block.scatter_(1, label, -1.0)", "block"),
+    Fault("CPU: label's gradient of fp16 with the wrong sign", "fused_dm/_cpu.py", ".scatter_(1, label, factors[number])", ".scatter_(1, label, -factors[number])"),
+    Fault("CPU: factor rounded to the storage", "fused_dm/_cpu.py", "copy_(part).mul_(factors[number])", "copy_(part).mul_(factors[number].to(part.dtype))"),
+    Fault("CPU: rows with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.index_fill_(0, zero.nonzero()[:, 0], 0.0)", "        pass"),
+    Fault("CPU: positions with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.masked_fill_(zero.view(matrix.shape[0], 1, matrix.shape[2]), 0.0)", "        pass"),
+    Fault("CPU: scaled by the first row's factor", "fused_dm/_cpu.py", "part.mul_(factors[number])", "part.mul_(factors[number][0])"),
+    Fault("CPU: positions before planes", "fused_dm/_cpu.py", "values.view(self.rows, 1, self.positions)", "values.view(self.positions, 1, self.rows).movedim(0, 2)"),
     Fault("CPU: labels unchecked", "fused_dm/_cpu.py", "    if wrong.any():", "    if False:"),
     # Order N
     Fault("rows: ignored rows counted by mean", "fused_dm/_rows.py", "return valid.sum().clamp(min=1).double()", "return torch.ones_like(valid).sum().clamp(min=1).double()"),
@@ -106,7 +109,16 @@ FAULTS = [
 ]  # fmt: skip
 
 # Quickest first; the slow ones about compilers, packaging and training notice nothing here.
-TESTS = ["test_edges", "test_reference", "test_margin", "test_loss", "test_traffic", "test_operators", "test_arguments"]
+TESTS = [
+    "test_edges",
+    "test_reference",
+    "test_cpu",
+    "test_margin",
+    "test_loss",
+    "test_traffic",
+    "test_operators",
+    "test_arguments",
+]
 
 
 def plant(fault: Fault, folder: Path) -> None:
