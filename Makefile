@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OTHER_TRITON := 3.6.0
 OTHER_TRITON_PATH := $(VENV)/triton-$(OTHER_TRITON)
 
-.PHONY: demo test lint faults bench clean
+.PHONY: demo test lint faults fuzz bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/noisy_labels.py
@@ -28,7 +28,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 faults: $(VENV)/.dev
-	$(BIN)/python tests/planted_faults.py
+	$(BIN)/python tests/planted_faults.py --output bench/results/planted_faults.md
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py --cases 50000 --output bench/results/fuzz.md
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.cpu

@@ -1,12 +1,13 @@
 """The public functions over logits: `dm_loss`, `DMLoss` and `margin`."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _operators, _validation, edf, reference
+from . import _cpu, _operators, _validation, edf, reference
 from ._loss import Emphasis, Problem, Received, margin_loss, needs_gradient, triton_loss
 
 
@@ -169,7 +170,10 @@ def _compute(
             inplace=inplace,
         )
         fused = impl == "triton" and problem.emphasis.family is not None
-        loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
+        # Traced code has no calls of MKL's.
+        calm = _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
+        with calm:
+            loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
     if reduction == "none":
         loss = loss.reshape(target.shape)
     if received is None or not return_output:

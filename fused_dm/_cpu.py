@@ -28,6 +28,8 @@ BLOCK_ELEMENTS = 1 << 18
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # More threads would wait for Python's lock, of which every block takes 50 us.
 MAX_WORKERS = 16
+# Rows whose weights and values are computed at once.
+PIECE_ROWS = 1 << 14
 # A row of fewer positions than this side by side is transposed within its block.
 NARROW = 16
 
@@ -62,17 +64,31 @@ def _runtime() -> _Runtime | None:
 
 
 @contextmanager
-def _one_thread(runtime: _Runtime) -> Iterator[None]:
-    """Torch calls of this thread start no others."""
-    # The first call gives a new thread the process's number, which would otherwise replace ours later.
-    before = torch.get_num_threads()
-    runtime.openmp(1)
-    mkl = runtime.mkl(1)
+def calm() -> Iterator[None]:
+    """Torch calls of this thread start no threads of MKL's, which wait for each other at the end of every exp and log."""
+    runtime = _runtime()
+    before = runtime.mkl(1) if runtime else 0
     try:
         yield
     finally:
+        if runtime:
+            runtime.mkl(before)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch calls of this thread start no others."""
+    runtime = _runtime()
+    if runtime is None:
+        raise RuntimeError("expected a torch whose threads are OpenMP's")
+    # The first call gives a new thread the process's number, which would otherwise replace ours later.
+    before = torch.get_num_threads()
+    runtime.openmp(1)
+    try:
+        with calm():
+            yield
+    finally:
         runtime.openmp(before)
-        runtime.mkl(mkl)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -97,49 +113,70 @@ def _workers() -> ThreadPoolExecutor:
         return _pool
 
 
-def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], None]], dtype: torch.dtype) -> None:
-    """Cut `matrix` into blocks and call `work(blocks)(number, scratch)` for each, on torch.get_num_threads() threads.
+def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]]) -> None:
+    """Call `start()(number)` for every number below `count`, on several threads or on this one, `start` once on each.
 
-    The threads take blocks as they come, so that one which shares its core with a busy process holds up no other. Where there
-    are too few blocks for that, each torch call is spread over the threads instead.
+    The threads take numbers as they come, so that one which shares its core with a busy process holds up no other.
     """
-    if not matrix.numel():
-        return
-    threads = min(torch.get_num_threads(), MAX_WORKERS)
-    runtime = _runtime() if threads > 1 else None
-    blocks = _Blocks(matrix, BLOCK_ELEMENTS)
-    if len(blocks) < threads:
-        runtime = None
-    if threads > 1 and runtime is None:
-        blocks = _Blocks(matrix, WIDE_BLOCK_ELEMENTS)
-    step = work(blocks)
-    remaining, lock = iter(range(len(blocks))), threading.Lock()
+    remaining, lock = iter(range(count)), threading.Lock()
     inference = torch.is_inference_mode_enabled()
 
     def take() -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            scratch = blocks.scratch(dtype)
+            step = start()
             while True:
                 with lock:
                     number = next(remaining, None)
                 if number is None:
                     return
-                step(number, scratch)
-
-    if runtime is None:
-        take()
-        return
+                step(number)
 
     def help_out() -> None:
-        with _one_thread(runtime):
+        with _one_thread():
             take()
 
+    if threads == 1:
+        take()
+        return
     helpers = [_workers().submit(help_out) for _ in range(threads - 1)]
     try:
         help_out()
     finally:
         for helper in helpers:
             helper.result()
+
+
+def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], None]], dtype: torch.dtype) -> None:
+    """Cut `matrix` into blocks and call `work(blocks)(number, scratch)` for each, on torch.get_num_threads() threads.
+
+    Where there are too few blocks for that, each torch call is spread over the threads instead.
+    """
+    if not matrix.numel():
+        return
+    threads = min(torch.get_num_threads(), MAX_WORKERS)
+    blocks = _Blocks(matrix, BLOCK_ELEMENTS)
+    if threads > 1 and (_runtime() is None or len(blocks) < threads):
+        blocks, threads = _Blocks(matrix, WIDE_BLOCK_ELEMENTS), 1
+    step = work(blocks)
+
+    def start() -> Callable[[int], None]:
+        scratch = blocks.scratch(dtype)
+        return lambda number: step(number, scratch)
+
+    _share(threads, len(blocks), start)
+
+
+def in_pieces(function: Callable[[slice], tuple[Tensor, ...]], rows: int) -> list[Tensor]:
+    """What `function` gives for all rows, by pieces whose temporaries stay in a core's cache, on the threads of `_run`."""
+    pieces = [slice(first, min(first + PIECE_ROWS, rows)) for first in range(0, rows, PIECE_ROWS)]
+    threads = min(torch.get_num_threads(), MAX_WORKERS, len(pieces))
+    found: list[tuple[Tensor, ...]] = [()] * len(pieces)
+
+    def step(number: int) -> None:
+        found[number] = function(pieces[number])
+
+    _share(threads if _runtime() else 1, len(pieces), lambda: step)
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 # ---- Blocks
@@ -262,7 +299,8 @@ class _Pass:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
         label_logit = self.label_logit.masked_fill(~self.valid | (self.label_logit == math.inf), math.nan)
         lead = label_logit - self.row_max
-        return lead - self.row_sum.log(), lead
+        with calm():
+            return lead - self.row_sum.log(), lead
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

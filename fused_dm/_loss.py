@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _operators, _validation
+from . import _cpu, _operators, _validation
 from ._rows import (
     RowTerms,
     Totals,
@@ -114,6 +114,22 @@ def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Te
     return lambda log_p, log_q: function(log_p, log_q, *params)
 
 
+def _terms(problem: Problem, margin: Tensor, weight: Tensor | None, impl: str) -> RowTerms:
+    emphasis, valid = problem.emphasis, _valid(problem)
+    eps, *params = emphasis.params.unbind()
+    log_weight = _with(emphasis.log_weight, params)
+    loss = None if emphasis.loss is None else _with(emphasis.loss, params)
+
+    def of(rows: slice) -> RowTerms:
+        return row_terms(margin[rows], valid[rows], None if weight is None else weight[rows], eps, log_weight, loss)
+
+    # A function of the user's is called once, by the thread that called us.
+    in_pieces = impl == "cpu" and emphasis.family is not None and margin.numel() > _cpu.PIECE_ROWS
+    if in_pieces and not torch.compiler.is_compiling() and not _validation.is_batched(problem.logits):
+        return RowTerms(*_cpu.in_pieces(of, margin.numel()))
+    return of(slice(None))
+
+
 def margin_loss(problem: Problem, impl: str) -> Result:
     """Any EDF, through the margin operator of `impl` ("cpu" or "triton") and O(N) torch."""
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
@@ -133,15 +149,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         lead = statistics[2]
     with torch.no_grad():
         weight = _row_weight(problem)
-        eps, *params = emphasis.params.unbind()
-        terms = row_terms(
-            margin.detach(),
-            _valid(problem),
-            weight,
-            eps,
-            _with(emphasis.log_weight, params),
-            None if emphasis.loss is None else _with(emphasis.loss, params),
-        )
+        terms = _terms(problem, margin.detach(), weight, impl)
         totals = batch_totals(terms, _normalizer(problem, weight))
         loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
         if problem.reduction != "none":

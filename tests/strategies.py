@@ -1,0 +1,53 @@
+"""Hypothesis strategies for the EDFs of the catalogue, and where their weights jump."""
+
+import math
+
+from hypothesis import strategies as st
+
+from fused_dm import edf
+
+
+def between(low, high):
+    return st.floats(low, high, allow_subnormal=False)
+
+
+# Ranges that training uses, and their ends.
+PARAMETERS = {
+    edf.DM: {"beta": between(-20, 20), "lambd": between(0, 4)},
+    edf.Exponential: {"beta": between(-20, 20)},
+    edf.Normal: {"psi": between(-0.5, 1.5), "beta": between(-20, 20)},
+    edf.Beta: {"alpha": between(0.05, 6), "eta": between(0.05, 6)},
+    edf.Uniform: {},
+    edf.IMAE: {"T": between(-20, 20)},
+    edf.CCE: {},
+    edf.MAE: {},
+    edf.MSE: {},
+    edf.GCE: {"q": between(0.01, 1)},
+    edf.TruncatedGCE: {"q": between(0.01, 1), "k": between(0.01, 0.99)},
+    edf.DFT: {},
+    edf.Focal: {"gamma": between(0, 6)},
+    edf.SCE: {"alpha": between(0, 6), "beta": between(0.01, 6), "A": between(0.1, 10)},
+    edf.TaylorCE: {"t": st.integers(1, 64)},
+    edf.Poly1: {"eps": between(-1, 6)},
+    edf.PHuberCE: {"tau": between(1, 100)},
+    edf.AUL: {"a": between(1, 10), "q": between(0.05, 4)},
+    edf.AGCE: {"a": between(0, 10), "q": between(0.05, 4)},
+    edf.AEL: {"a": between(0.05, 10)},
+    edf.JS: {"pi": between(0.01, 0.99)},
+    edf.SelfPaced: {"threshold": between(0.05, 20)},
+    edf.SelfPacedLinear: {"threshold": between(0.05, 20)},
+}
+
+
+def of_kind(kind):
+    return st.builds(kind, **PARAMETERS[kind])
+
+
+def break_of(emphasis):
+    """The margin at which w or its slope jumps."""
+    p = {edf.TruncatedGCE: lambda e: e.k, edf.PHuberCE: lambda e: 1 / e.tau}.get(type(emphasis))
+    p = p or {edf.SelfPaced: lambda e: math.exp(-e.threshold), edf.SelfPacedLinear: lambda e: math.exp(-e.threshold)}.get(
+        type(emphasis), lambda e: 0
+    )
+    p = p(emphasis)
+    return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.inf
