@@ -22,8 +22,11 @@ from torch import Tensor
 
 from ._rows import compute_dtype
 
-# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache.
-BLOCK_ELEMENTS = 1 << 18
+# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. bench/cpu.py
+# sweeps them.
+BLOCK_ELEMENTS = 1 << 17
+# Where several threads take blocks, each call may have to wait for another to give up Python's lock: fewer and larger.
+SHARED_BLOCK_ELEMENTS = 1 << 19
 # And where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # More threads would wait for Python's lock, of which every block takes 50 us.
@@ -154,7 +157,7 @@ def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], Non
     if not matrix.numel():
         return
     threads = min(torch.get_num_threads(), MAX_WORKERS)
-    blocks = _Blocks(matrix, BLOCK_ELEMENTS)
+    blocks = _Blocks(matrix, SHARED_BLOCK_ELEMENTS if threads > 1 else BLOCK_ELEMENTS)
     if threads > 1 and (_runtime() is None or len(blocks) < threads):
         blocks, threads = _Blocks(matrix, WIDE_BLOCK_ELEMENTS), 1
     step = work(blocks)
@@ -195,6 +198,7 @@ class _Blocks:
             self.positions = matrix.shape[2]
             self.height = max(1, elements // (classes * self.positions))
             self.width = min(self.positions, max(NARROW, elements // classes))
+        self.height = min(self.height, self.rows)
         self.shape = (self.height, classes, *([self.width] if self.positions else []))
 
     def __len__(self) -> int:
