@@ -170,7 +170,7 @@ def _compute(
             inplace=inplace,
         )
         fused = impl == "triton" and problem.emphasis.family is not None
-        # Traced code has no calls of MKL's.
+        # Traced code becomes loops of its own.
         calm = _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
         with calm:
             loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -66,32 +66,45 @@ def _runtime() -> _Runtime | None:
     return _Runtime(openmp, mkl)
 
 
+# `threads`, on a thread that is calm: how many it would have used.
+_local = threading.local()
+
+
+def _threads() -> int:
+    return min(getattr(_local, "threads", None) or torch.get_num_threads(), MAX_WORKERS)
+
+
 @contextmanager
 def calm() -> Iterator[None]:
-    """Torch calls of this thread start no threads of MKL's, which wait for each other at the end of every exp and log."""
+    """Torch calls of this thread start no others, for which they would wait at the end of every exp of 2048 numbers or more."""
     runtime = _runtime()
-    before = runtime.mkl(1) if runtime else 0
+    if runtime is None or getattr(_local, "threads", None):
+        yield
+        return
+    # The first call gives a new thread the process's number, which would otherwise replace ours later.
+    before = torch.get_num_threads()
+    runtime.openmp(1)
+    mkl = runtime.mkl(1)
+    _local.threads = before
+    try:
+        yield
+    finally:
+        _local.threads = None
+        runtime.openmp(before)
+        runtime.mkl(mkl)
+
+
+@contextmanager
+def _spread(threads: int) -> Iterator[None]:
+    """Within `calm`, torch calls are spread over `threads` after all."""
+    runtime = _runtime()
+    if runtime:
+        runtime.openmp(threads)
     try:
         yield
     finally:
         if runtime:
-            runtime.mkl(before)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch calls of this thread start no others."""
-    runtime = _runtime()
-    if runtime is None:
-        raise RuntimeError("expected a torch whose threads are OpenMP's")
-    # The first call gives a new thread the process's number, which would otherwise replace ours later.
-    before = torch.get_num_threads()
-    runtime.openmp(1)
-    try:
-        with calm():
-            yield
-    finally:
-        runtime.openmp(before)
+            runtime.openmp(1)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -135,15 +148,12 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
                 step(number)
 
     def help_out() -> None:
-        with _one_thread():
+        with calm():
             take()
 
-    if threads == 1:
-        take()
-        return
     helpers = [_workers().submit(help_out) for _ in range(threads - 1)]
     try:
-        help_out()
+        take()
     finally:
         for helper in helpers:
             helper.result()
@@ -152,34 +162,39 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
 def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], None]], dtype: torch.dtype) -> None:
     """Cut `matrix` into blocks and call `work(blocks)(number, scratch)` for each, on torch.get_num_threads() threads.
 
-    Where there are too few blocks for that, each torch call is spread over the threads instead.
+    A matrix of fewer blocks than threads is left to one thread; unless it is large, that is, of few and very long rows. Then
+    each torch call is spread over the threads.
     """
     if not matrix.numel():
         return
-    threads = min(torch.get_num_threads(), MAX_WORKERS)
-    blocks = _Blocks(matrix, SHARED_BLOCK_ELEMENTS if threads > 1 else BLOCK_ELEMENTS)
-    if threads > 1 and (_runtime() is None or len(blocks) < threads):
-        blocks, threads = _Blocks(matrix, WIDE_BLOCK_ELEMENTS), 1
-    step = work(blocks)
+    with calm():
+        threads = _threads()
+        blocks = _Blocks(matrix, SHARED_BLOCK_ELEMENTS if threads > 1 else BLOCK_ELEMENTS)
+        shared = threads > 1 and _runtime() is not None and len(blocks) >= threads
+        spread = threads > 1 and not shared and matrix.numel() >= WIDE_BLOCK_ELEMENTS
+        if not shared and threads > 1:
+            blocks = _Blocks(matrix, WIDE_BLOCK_ELEMENTS if spread else BLOCK_ELEMENTS)
+        step = work(blocks)
 
-    def start() -> Callable[[int], None]:
-        scratch = blocks.scratch(dtype)
-        return lambda number: step(number, scratch)
+        def start() -> Callable[[int], None]:
+            scratch = blocks.scratch(dtype)
+            return lambda number: step(number, scratch)
 
-    _share(threads, len(blocks), start)
+        with _spread(threads) if spread else nullcontext():
+            _share(threads if shared else 1, len(blocks), start)
 
 
 def in_pieces(function: Callable[[slice], tuple[Tensor, ...]], rows: int) -> list[Tensor]:
     """What `function` gives for all rows, by pieces whose temporaries stay in a core's cache, on the threads of `_run`."""
     pieces = [slice(first, min(first + PIECE_ROWS, rows)) for first in range(0, rows, PIECE_ROWS)]
-    threads = min(torch.get_num_threads(), MAX_WORKERS, len(pieces))
     found: list[tuple[Tensor, ...]] = [()] * len(pieces)
 
     def step(number: int) -> None:
         found[number] = function(pieces[number])
 
-    _share(threads if _runtime() else 1, len(pieces), lambda: step)
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+    with calm():
+        _share(min(_threads(), len(pieces)) if _runtime() else 1, len(pieces), lambda: step)
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 # ---- Blocks
