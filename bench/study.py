@@ -7,6 +7,7 @@ after each, the most important first; a second call goes on with what is missing
 
 import argparse
 import gc
+import importlib
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,25 +137,27 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return _weighted(cross_entropy, torch.exp(-cross_entropy.detach()))
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module.partition(".")[0]) is not None and importlib.util.find_spec(module) is not None
+def _import(module: str, name: str) -> Any:
+    """The name in a module of another package; None, and a line that says so, where it cannot be had."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        print(f"no {module}.{name}: {error}", flush=True)
+        return None
 
 
+@cache
 def rivals() -> dict[str, Way]:
     """Plain mean cross entropy, of other packages too where they are installed: less work than DM, which has weights."""
     found = {"F.cross_entropy": Way(F.cross_entropy, "mean cross entropy")}
-    if GPU and _installed("liger_kernel.transformers"):
-        from liger_kernel.transformers import LigerCrossEntropyLoss
-
-        found["Liger"] = Way(LigerCrossEntropyLoss(), "mean cross entropy", overwrites=True)
-    if GPU and _installed("quack.cross_entropy"):
-        from quack.cross_entropy import cross_entropy as quack
-
+    if not GPU:
+        return found
+    if liger := _import("liger_kernel.transformers", "LigerCrossEntropyLoss"):
+        found["Liger"] = Way(liger(), "mean cross entropy", overwrites=True)
+    if quack := _import("quack.cross_entropy", "cross_entropy"):
         found["QuACK"] = Way(lambda z, y: quack(z, y, reduction="mean"), "mean cross entropy")
-    if GPU and _installed("flash_attn.ops.triton.cross_entropy"):
-        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-
-        found["flash-attn"] = Way(lambda z, y: cross_entropy_loss(z, y)[0].mean(), "mean cross entropy")
+    if flash := _import("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss"):
+        found["flash-attn"] = Way(lambda z, y: flash(z, y)[0].mean(), "mean cross entropy")
     return found
 
 
@@ -200,7 +204,7 @@ def check(way: Way, logits: Tensor, target: Tensor, divisor: float) -> float:
     from tolerance import expected, share_of_bound
 
     rows, classes = logits.shape
-    few = torch.linspace(0, rows - 1, max(2, min(8, (1 << 22) // classes))).long().unique().to(logits.device)
+    few = torch.linspace(0, rows - 1, max(2, min(4, (1 << 22) // classes))).long().unique().to(logits.device)
     options: dict[str, Any] = {"reduction": "sum", "normalizer": float(rows)}
     emphasis: Any = edf.CCE() if way.truth == "mean cross entropy" else DM
     share = 0.0
@@ -311,7 +315,7 @@ def measure(way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float
     share = check(way, logits, target, divisor)
     found: dict[str, Any] = {"error_share": share, "truth": way.truth}
     if way.ours and not share <= 1:
-        return {**found, "failed": f"its error is {share:.3g} times the bound"}
+        return {**found, "failed": f"its error is {share:.3g} times the bound", "ours": True}
     leaf = logits.detach().requires_grad_()
 
     def prepare() -> Tensor:
@@ -328,7 +332,8 @@ def measure(way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float
     found["forward_ms"] = spread(times(lambda: logits.clone() if way.overwrites else logits, forward, seconds))
     found["step_ms"] = spread(times(prepare, step, seconds))
     found["peak_extra_mib"] = peak_mib(prepare, step)
-    found["launches"] = launches(prepare, step)
+    # The profiler takes longer than the timing.
+    found["launches"] = launches(prepare, step) if way.ours or case.compiled else None
     found |= {"forward_bytes": way.forward * case.bytes, "step_bytes": way.step * case.bytes}
     leaf.grad = None
     return found
@@ -402,12 +407,19 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float) -> list
                 results["ways"][name] = measure(way, case, logits, target, divisor, seconds)
             except torch.OutOfMemoryError:
                 results["ways"][name] = {"failed": "out of memory"}
+            except Exception as error:
+                # A rival that does not take a shape, or a bug of ours, costs its own figures and no others.
+                message = str(error).strip().partition("\n")[0][:200]
+                results["ways"][name] = {"failed": f"{type(error).__name__}: {message}", "ours": way.ours}
             gc.collect()
             if GPU:
                 torch.cuda.empty_cache()
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{time.perf_counter() - start:6.1f} s  {case.name}: {name}: {summary(results['ways'][name])}", flush=True)
         del logits, target
+        if case.compiled:
+            # Or the sixth case would reach the limit of graphs for a function, and be run uncompiled.
+            torch._dynamo.reset()
     found["load_averages"].append(round(os.getloadavg()[0], 1))
     path.write_text(json.dumps(found, indent=1) + "\n")
     return left
@@ -495,7 +507,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget-s", type=float, default=540, help="start nothing new after so many seconds")
-    parser.add_argument("--seconds", type=float, default=0.5, help="about so long for each timing")
+    parser.add_argument("--seconds", type=float, default=0.15, help="about so long for each timing")
     parser.add_argument("--quick", action="store_true", help="three small cases: shows that the study runs")
     parser.add_argument("--only", default="", help="cases whose name contains this, such as 'bfloat16' or '8192 x'")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads, on a CPU")
@@ -517,13 +529,10 @@ def main() -> int:
         else:
             print("matplotlib is not installed: no plots; call again where it is")
     failed = [
-        f"{case}: {way}"
-        for case, of in found["cases"].items()
-        for way, of_way in of["ways"].items()
-        if "bound" in of_way.get("failed", "")
+        f"{case}: {way}" for case, of in found["cases"].items() for way, result in of["ways"].items() if result.get("ours")
     ]
     for name in failed:
-        print(f"NOT TIMED, as its check failed: {name}")
+        print(f"FAILED: {name}")
     print(f"{len(left)} timings left" + (": call again with the same --output" if left else ""))
     return 1 if failed else 0
 

@@ -73,6 +73,20 @@ class TestStudy:
         assert not study.study(TINY[1:], tmp_path / "s.json", budget=1e9, seconds=0.01)
         assert len(study.study(TINY, tmp_path / "s.json", budget=-1, seconds=0.01)) == len(study.ways(TINY[0]))
 
+    def test_a_rival_that_fails_costs_no_other_figures(self, tmp_path, monkeypatch):
+        def fail(logits, target):
+            raise ValueError("expected fewer classes\nand more")
+
+        good = study.ways(TINY[0])["fused_dm"]
+        chosen = {"rival": study.Way(fail, "sum_weight"), "fused_dm": good}
+        monkeypatch.setattr(study, "ways", lambda case: chosen)
+        study.study(TINY[:1], tmp_path / "s.json", budget=1e9, seconds=0.01)
+        found = json.loads((tmp_path / "s.json").read_text())
+        (case,) = found["cases"].values()
+        assert case["ways"]["rival"] == {"failed": "ValueError: expected fewer classes", "ours": False}
+        assert "step_ms" in case["ways"]["fused_dm"]
+        assert "| rival | ValueError: expected fewer classes |" in study.table(found)
+
     def test_results_of_another_device_are_not_continued(self, tmp_path):
         path = tmp_path / "s.json"
         path.write_text(json.dumps({**study.machine(), "device": "another", "commands": [], "cases": {}}))
@@ -89,7 +103,7 @@ class TestStudy:
         planted = study.Way(lambda z, y: right.loss(z, y) * wrong, right.truth, ours=True, overwrites=right.overwrites)
         divisor = study.exact_divisor(logits, target)
         assert "step_ms" in study.measure(right, case, logits, target, divisor, 0.01)
-        assert set(study.measure(planted, case, logits, target, divisor, 0.01)) == {"error_share", "truth", "failed"}
+        assert set(study.measure(planted, case, logits, target, divisor, 0.01)) == {"error_share", "truth", "failed", "ours"}
         if right.truth == "sum_weight":
             assert study.check(right, logits, target, divisor * 1.001) > 1
 
