@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OTHER_TRITON := 3.6.0
 OTHER_TRITON_PATH := $(VENV)/triton-$(OTHER_TRITON)
 
-.PHONY: demo test lint faults fuzz bench clean
+.PHONY: demo test lint faults fuzz package bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/noisy_labels.py
@@ -32,6 +32,10 @@ faults: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz.py --cases 50000 --output bench/results/fuzz.md
+
+# Builds and installs the distributions elsewhere, on Python 3.12 too: PACKAGE_ARGS="--python312 PATH --workdir FOLDER".
+package: $(VENV)/.dev
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/distributions.py $(PACKAGE_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.cpu

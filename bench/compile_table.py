@@ -163,6 +163,7 @@ def compile_case(case: Case, target: GPUTarget):
     vector = 16 // ITEMSIZE[case.dtype]
     unit = vector if case.classes % vector == 0 else 1
     constants = {"LOG_WEIGHT": log_weight, "LOSS": loss, "UNIT": unit, "SKIP_ONE": False, **config}
+    constants |= {"transform_ptr": None, "CAPPED": False}
     constants["ONE_BLOCK"] = case.classes <= config.get("BLOCK_V", 0)
     if not case.weighted:
         constants["weight_ptr"] = None
@@ -174,6 +175,7 @@ def compile_case(case: Case, target: GPUTarget):
         "dlogits_ptr": f"*{case.dtype}",
         "target_ptr": "*i64",
         "params_ptr": "*fp64",
+        "transform_ptr": "*fp64",
         "totals_ptr": "*fp64",
         "normalizer_ptr": "*fp64",
         **dict.fromkeys(("weight_ptr", "rows_ptr", "partials_ptr", "margin_ptr", "dloss_ptr", "loss_ptr"), f"*{compute}"),

@@ -9,6 +9,9 @@ from ._api import available_impls as available_impls
 from ._api import dm_loss as dm_loss
 from ._api import margin as margin
 from ._environment import environment_report as environment_report
+from ._linear import LinearDMLoss as LinearDMLoss
+from ._linear import LinearDMOutput as LinearDMOutput
+from ._linear import linear_dm_loss as linear_dm_loss
 from ._report import EmphasisReport as EmphasisReport
 from ._report import emphasis_report as emphasis_report
 
@@ -16,11 +19,14 @@ __all__ = [
     "DMLoss",
     "DMOutput",
     "EmphasisReport",
+    "LinearDMLoss",
+    "LinearDMOutput",
     "available_impls",
     "dm_loss",
     "edf",
     "emphasis_report",
     "environment_report",
+    "linear_dm_loss",
     "margin",
     "reference",
     "schedules",

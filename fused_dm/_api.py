@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -68,6 +68,16 @@ def _normalizer(value: float | Tensor | None, device: torch.device) -> Tensor | 
     )
 
 
+def _transform(softcap: float | Tensor | None, logit_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """The scale and, where there is a softcap, that, fp64 on the device; None where the logits stay as they are."""
+    if softcap is None and logit_scale is None:
+        return None
+    values = (1.0 if logit_scale is None else logit_scale,) + (() if softcap is None else (softcap,))
+    if not any(isinstance(value, Tensor) for value in values):
+        return _params(tuple(float(value) for value in values), device)
+    return torch.stack([v.double() if isinstance(v, Tensor) else _params((float(v),), device)[0] for v in values])
+
+
 def _default_eps(emphasis: Any, eps: float | None) -> float:
     if eps is not None:
         return float(eps)
@@ -121,13 +131,16 @@ def _compute(
     reduction: str,
     normalizer: float | Tensor | None,
     eps: float,
+    softcap: float | Tensor | None,
+    logit_scale: float | Tensor | None,
     inplace: bool,
     return_output: bool,
     impl: str | None,
 ) -> Tensor | DMOutput:
     _validation.check_logits_and_target(logits, target, ignore_index)
     _validation.check_weights(logits, target, weight, sample_weight)
-    _validation.check_normalizer_device(normalizer, logits)
+    for name, value in (("normalizer", normalizer), ("softcap", softcap), ("logit_scale", logit_scale)):
+        _validation.check_scalar_device(name, value, "logits", logits)
     impl = _validation.choose_impl(impl, logits)
     _validation.check_transforms(logits, impl)
     _validation.check_inplace(inplace, logits, impl)
@@ -151,6 +164,8 @@ def _compute(
             reduction=reduction,
             normalizer=divisor,
             eps=eps,
+            softcap=softcap,
+            logit_scale=logit_scale,
         )
         received: Received | None = Received(*rest)
     else:
@@ -168,6 +183,7 @@ def _compute(
             ignore_index=ignore_index,
             return_output=return_output,
             inplace=inplace,
+            transform=_transform(softcap, logit_scale, logits.device),
         )
         fused = impl == "triton" and problem.emphasis.family is not None
         # Traced code becomes loops of its own.
@@ -187,6 +203,7 @@ def _compute(
     )
 
 
+@overload
 def dm_loss(
     logits: Tensor,
     target: Tensor,
@@ -198,6 +215,64 @@ def dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    inplace: bool = False,
+    return_output: Literal[False] = False,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    inplace: bool = False,
+    return_output: Literal[True],
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> DMOutput: ...
+
+
+@overload
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    inplace: bool = False,
+    return_output: bool,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor | DMOutput: ...
+
+
+def dm_loss(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
     inplace: bool = False,
     return_output: bool = False,
     label_smoothing: float = 0.0,
@@ -236,6 +311,9 @@ def dm_loss(
             training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
         eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for
             the others. With 0 a fitted row keeps a gradient of norm w(1) / D.
+        softcap: c in c tanh(z / c), by which the logits are replaced; a number above 0 or a 0-d tensor. None for none.
+        logit_scale: s in s z, likewise, before the softcap. Both happen where the logits are loaded, and the gradient has their
+            derivative, s (1 - tanh^2(s z / c)).
         inplace: let the gradient overwrite the logits, in the forward or the backward pass, so that it takes no memory of its
             own. Then use the logits no more: what is needed of them is in `return_output=True`. A backward pass through a
             later use is an error (but in compiled code, which cannot be told), as is one through an earlier operation that
@@ -270,6 +348,7 @@ def dm_loss(
     Reference: Wang et al., Derivative Manipulation for General Example Weighting, arXiv 1905.11233.
     """
     _validation.check_options(reduction, normalizer, eps, label_smoothing)
+    _validation.check_transform(softcap, logit_scale)
     density = _validation.check_emphasis(emphasis)
     return _compute(
         logits,
@@ -282,6 +361,8 @@ def dm_loss(
         reduction,
         normalizer,
         _default_eps(density, eps),
+        softcap,
+        logit_scale,
         inplace,
         return_output,
         impl,
@@ -297,8 +378,8 @@ class DMLoss(torch.nn.Module):
 
     Args:
         emphasis: see `dm_loss`.
-        weight, sample_weight, ignore_index, reduction, normalizer, eps, inplace, return_output, label_smoothing, impl: see
-            `dm_loss`.
+        weight, sample_weight, ignore_index, reduction, normalizer, eps, softcap, logit_scale, inplace, return_output,
+            label_smoothing, impl: see `dm_loss`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, here or when called; see `dm_loss`.
@@ -327,6 +408,8 @@ class DMLoss(torch.nn.Module):
         reduction: str = "sum_weight",
         normalizer: float | Tensor | None = None,
         eps: float | None = None,
+        softcap: float | Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
         inplace: bool = False,
         return_output: bool = False,
         label_smoothing: float = 0.0,
@@ -334,12 +417,15 @@ class DMLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         _validation.check_options(reduction, normalizer, eps, label_smoothing)
+        _validation.check_transform(softcap, logit_scale)
         _validation.check_impl(impl)
         _validation.check_ignore_index(ignore_index)
         self.emphasis = _validation.check_emphasis(emphasis)
         self.eps = _default_eps(self.emphasis, eps)
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.softcap = softcap
+        self.logit_scale = logit_scale
         self.inplace = inplace
         self.return_output = return_output
         self.label_smoothing = label_smoothing
@@ -416,6 +502,8 @@ class DMLoss(torch.nn.Module):
             self.reduction,
             normalizer,
             self.eps,
+            self.softcap,
+            self.logit_scale,
             self.inplace,
             self.return_output,
             self.impl,

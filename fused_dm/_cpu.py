@@ -261,7 +261,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return out
 
 
-def _check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
     wrong = valid & ((target < 0) | (target >= classes))
     if wrong.any():
         at = int(wrong.nonzero()[0])
@@ -276,29 +276,36 @@ def _check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int
 class _Pass:
     """Labels and row statistics of one walk over the logits."""
 
-    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
+    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> None:
         self.dtype = compute_dtype(logits.dtype)
         self.valid = target != ignore_index
         target = target.long()
-        _check_labels(target, self.valid, logits.shape[1], ignore_index)
+        check_labels(target, self.valid, logits.shape[1], ignore_index)
         self.label = torch.where(self.valid, target, 0)
         # Row by row what a matrix without classes has.
         self.row_max = logits.new_full(target.shape, torch.finfo(self.dtype).min, dtype=self.dtype)
         self.row_sum, self.label_logit = (logits.new_zeros(target.shape, dtype=self.dtype) for _ in range(2))
         self.logits = logits
+        self.transform = transform
 
-    def blocks(self, blocks: _Blocks) -> Callable[[int, Tensor], Tensor]:
+    def slope(self, block: Tensor) -> Tensor | None:
+        """Memory for the derivative of a block's logits as the loss takes them by those that are given; None if that is 1."""
+        return None if self.transform is None else torch.empty_like(block)
+
+    def blocks(self, blocks: _Blocks) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         """A function that fills a block with exp(z - lse) over all classes but the label, and notes the rows' statistics.
 
-        It returns the labels' places; their entries are left to the caller.
+        It returns the labels' places; their entries are left to the caller. A `slope` is filled.
         """
         logits, labels = blocks.of(self.logits), blocks.of_rows(self.label)
         label_logits, maxima, sums = (blocks.of_rows(rows) for rows in (self.label_logit, self.row_max, self.row_sum))
         lowest = torch.finfo(self.dtype).min
 
-        def fill(number: int, out: Tensor) -> Tensor:
+        def fill(number: int, out: Tensor, slope: Tensor | None) -> Tensor:
             label, row_max = labels[number], maxima[number]
             out.copy_(logits[number])
+            if self.transform is not None:
+                _transform_(out, self.transform, slope)
             torch.gather(out, 1, label, out=label_logits[number])
             out.scatter_(1, label, -math.inf)
             torch.amax(out, 1, keepdim=True, out=row_max)
@@ -322,15 +329,30 @@ class _Pass:
             return lead - self.row_sum.log(), lead
 
 
-def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _transform_(logits: Tensor, transform: Tensor, slope: Tensor | None = None) -> None:
+    """Replace logits by scale z or cap tanh(scale z / cap), and fill `slope` with the derivative.
+
+    That is scale / cosh^2, which has its digits where 1 - tanh^2 has lost them.
+    """
+    logits.mul_(transform[0])
+    if len(transform) == 2:
+        logits.div_(transform[1])
+        if slope is not None:
+            torch.cosh(logits, out=slope).reciprocal_().square_().mul_(transform[0])
+        logits.tanh_().mul_(transform[1])
+    elif slope is not None:
+        slope.fill_(transform[0])
+
+
+def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
-    walk = _Pass(logits, target, ignore_index)
+    walk = _Pass(logits, target, ignore_index, transform)
 
     def work(blocks: _Blocks) -> Callable[[int, Tensor], None]:
         fill, parts = walk.blocks(blocks), blocks.of(logits)
 
         def step(number: int, scratch: Tensor) -> None:
-            fill(number, _like(scratch, parts[number]))
+            fill(number, _like(scratch, parts[number]), None)
 
         return step
 
@@ -339,12 +361,14 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
     return margins, torch.stack([walk.row_max, walk.row_sum, lead])
 
 
-def direction(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins and leads (N,), and the gradient for k = 1, of the logits' shape: exp(z_j - lse), and -1 for the label.
+def direction(
+    logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None, transform: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins and leads (N,), and the gradient for k = 1: exp(z_j - lse), and -1 for the label, times the slope.
 
     `out` may be the logits themselves.
     """
-    walk = _Pass(logits, target, ignore_index)
+    walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
     direct = out.dim() == 2 and out.dtype == walk.dtype
 
@@ -354,8 +378,11 @@ def direction(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | N
         def step(number: int, scratch: Tensor) -> None:
             part = parts[number]
             block = part if direct else _like(scratch, part)
-            label = fill(number, block)
+            slope = walk.slope(block)
+            label = fill(number, block, slope)
             block.scatter_(1, label, -1.0)
+            if slope is not None:
+                block.mul_(slope)
             if not direct:
                 part.copy_(block)
 
@@ -395,9 +422,16 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
     _zero_rows_(matrix, factor == 0)
 
 
-def margin_gradient(logits: Tensor, target: Tensor, dmargin: Tensor, ignore_index: int, out: Tensor | None = None) -> Tensor:
+def margin_gradient(
+    logits: Tensor,
+    target: Tensor,
+    dmargin: Tensor,
+    ignore_index: int,
+    out: Tensor | None = None,
+    transform: Tensor | None = None,
+) -> Tensor:
     """dlogits for a derivative by the margin (N,), from the logits. `out` may be the logits themselves."""
-    walk = _Pass(logits, target, ignore_index)
+    walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
     given = out
 
@@ -407,9 +441,13 @@ def margin_gradient(logits: Tensor, target: Tensor, dmargin: Tensor, ignore_inde
         def step(number: int, scratch: Tensor) -> None:
             part = parts[number]
             block = _like(scratch, part)
-            label = fill(number, block)
+            slope = walk.slope(block)
+            label = fill(number, block, slope)
             # Where the sum is 0, so is the block, and the label's entry is filled with 0 below.
-            part.copy_(block.mul_(-factors[number]).scatter_(1, label, factors[number]))
+            block.mul_(-factors[number]).scatter_(1, label, factors[number])
+            if slope is not None:
+                block.mul_(slope)
+            part.copy_(block)
 
         return step
 

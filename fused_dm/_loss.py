@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     ignore_index: int
     return_output: bool
     inplace: bool  # the gradient, which is wanted, overwrites the logits
+    transform: Tensor | None = None  # fp64: scale and, if there are two, softcap of the logits
 
 
 class Received(NamedTuple):
@@ -83,7 +84,8 @@ def _valid(problem: Problem) -> Tensor:
     return problem.target != problem.ignore_index
 
 
-def _row_weight(problem: Problem) -> Tensor | None:
+def row_weights(problem: Problem) -> Tensor | None:
+    """c of each row, (N,); None where every row has 1."""
     if problem.weight is None and problem.sample_weight is None:
         return None
     dtype = compute_dtype(problem.logits.dtype)
@@ -102,7 +104,7 @@ def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
+def received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
     valid = _valid(problem)
     prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
     weights = example_weights(log_weight, sign, totals)
@@ -114,7 +116,7 @@ def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Te
     return lambda log_p, log_q: function(log_p, log_q, *params)
 
 
-def _terms(problem: Problem, margin: Tensor, weight: Tensor | None, impl: str) -> RowTerms:
+def _terms(problem: Problem, margin: Tensor, weight: Tensor | None) -> RowTerms:
     emphasis, valid = problem.emphasis, _valid(problem)
     eps, *params = emphasis.params.unbind()
     log_weight = _with(emphasis.log_weight, params)
@@ -124,54 +126,60 @@ def _terms(problem: Problem, margin: Tensor, weight: Tensor | None, impl: str) -
         return row_terms(margin[rows], valid[rows], None if weight is None else weight[rows], eps, log_weight, loss)
 
     # A function of the user's is called once, by the thread that called us.
-    in_pieces = impl == "cpu" and emphasis.family is not None and margin.numel() > _cpu.PIECE_ROWS
+    in_pieces = margin.device.type == "cpu" and emphasis.family is not None and margin.numel() > _cpu.PIECE_ROWS
     if in_pieces and not torch.compiler.is_compiling() and not _validation.is_batched(problem.logits):
         return RowTerms(*_cpu.in_pieces(of, margin.numel()))
     return of(slice(None))
 
 
+@torch.no_grad()
+def of_margins(problem: Problem, margin: Tensor) -> tuple[Tensor, RowTerms, Totals]:
+    """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
+    emphasis, weight = problem.emphasis, row_weights(problem)
+    terms = _terms(problem, margin.detach(), weight)
+    totals = batch_totals(terms, _normalizer(problem, weight))
+    loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
+    if problem.reduction != "none":
+        loss = (loss.sum(dtype=torch.float64) / totals.divisor).to(loss.dtype)
+    return loss, terms, totals
+
+
 def margin_loss(problem: Problem, impl: str) -> Result:
     """Any EDF, through the margin operator of `impl` ("cpu" or "triton") and O(N) torch."""
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
-    emphasis = problem.emphasis
+    transform = problem.transform
     backward = needs_gradient(logits)
     keep = impl == "cpu" and _in_forward(problem)
     if keep and problem.inplace:
         direction = logits.detach()
-        margin, lead = _operators.cpu_direction_(direction, target, ignore_index)
+        margin, lead = _operators.cpu_direction_(direction, target, ignore_index, transform)
     elif keep:
-        margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index)
+        margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index, transform)
     elif problem.inplace:
-        margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl)
+        margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl, transform)
         lead = statistics[2]
     else:
-        margin, statistics = _operators.margin(logits, target, ignore_index, impl)
+        margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
-    with torch.no_grad():
-        weight = _row_weight(problem)
-        terms = _terms(problem, margin.detach(), weight, impl)
-        totals = batch_totals(terms, _normalizer(problem, weight))
-        loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
-        if problem.reduction != "none":
-            loss = (loss.sum(dtype=torch.float64) / totals.divisor).to(loss.dtype)
-        coefficient = coefficients(terms, totals)
+    loss, terms, totals = of_margins(problem, margin)
+    coefficient = coefficients(terms, totals)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient)
     elif problem.inplace:
-        loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl)
+        loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl, transform)
     elif backward:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, _received(problem, margin.detach(), lead, terms.log_weight, terms.sign, totals))
+    return Result(loss, received(problem, margin.detach(), lead, terms.log_weight, terms.sign, totals))
 
 
 def triton_loss(problem: Problem) -> Result:
     """An EDF with a fused form, by the Triton kernels."""
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
-    family, params = problem.emphasis.family, problem.emphasis.params
+    family, params, transform = problem.emphasis.family, problem.emphasis.params, problem.transform
     backward = needs_gradient(logits)
-    weight = _row_weight(problem)
+    weight = row_weights(problem)
     normalizer = _normalizer(problem, weight)
     known = problem.reduction == "mean" or problem.normalizer is not None
     in_forward = known and _in_forward(problem)
@@ -179,22 +187,24 @@ def triton_loss(problem: Problem) -> Result:
     attach = backward and not in_forward and (problem.inplace or problem.reduction == "none")
     if in_forward and problem.inplace:
         dlogits = logits.detach()
-        loss, rows, totals = _operators.triton_fused_(dlogits, target, weight, params, normalizer, family, ignore_index)
+        loss, rows, totals = _operators.triton_fused_(
+            dlogits, target, weight, params, normalizer, family, ignore_index, transform
+        )
         loss = _operators.attach_overwritten(logits, loss, dlogits)
     elif in_forward:
         loss, rows, totals, dlogits = _operators.triton_fused(
-            logits.detach(), target, weight, params, normalizer, family, ignore_index
+            logits.detach(), target, weight, params, normalizer, family, ignore_index, transform
         )
-        loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index)
+        loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index, transform)
     else:
         given = logits.detach() if attach else logits
-        loss, rows, totals = _operators.triton_loss(given, target, weight, params, normalizer, family, ignore_index)
+        loss, rows, totals = _operators.triton_loss(given, target, weight, params, normalizer, family, ignore_index, transform)
     rows, totals = rows.detach(), totals.detach()
     _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":
         loss = row_values(RowTerms(log_weight, sign, unit, value), 0.0, problem.emphasis.loss is not None)
     if attach:
-        loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace)
+        loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace, transform)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, _received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))
+    return Result(loss, received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))

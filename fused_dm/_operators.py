@@ -1,7 +1,8 @@
 """The operators: torch.library registrations around the implementations, with fake kernels and autograd.
 
 Hyper-parameters reach an operator as a family's name and an fp64 tensor, so that changing one neither recompiles nor
-synchronises. An operator computes on the logits' device by the implementation that its name or `impl` says.
+synchronises. An operator computes on the logits' device by the implementation that its name or `impl` says. `transform` is None
+or the logits' scale and, if there are two, the softcap, in an fp64 tensor.
 """
 
 import torch
@@ -39,52 +40,69 @@ def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
 # ---- margin: the differentiable operator over the logits
 
 
-@torch.library.custom_op("fused_dm::margin", mutates_args=())
-def margin(logits: Tensor, target: Tensor, ignore_index: int, impl: str) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fused_dm::margin2", mutates_args=())
+def margin(
+    logits: Tensor, target: Tensor, ignore_index: int, impl: str, transform: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N) of logits (N, V)."""
     implementation = _triton() if impl == "triton" else _cpu
-    return implementation.margin(logits, target, ignore_index)
+    return implementation.margin(logits, target, ignore_index, transform)
 
 
 @margin.register_fake
-def _(logits, target, ignore_index, impl):
+def _(logits, target, ignore_index, impl, transform=None):
     dtype = compute_dtype(logits.dtype)
     rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)
 
 
-@torch.library.custom_op("fused_dm::margin_gradient", mutates_args=())
+@torch.library.custom_op("fused_dm::margin_gradient2", mutates_args=())
 def margin_gradient(
-    logits: Tensor, target: Tensor, statistics: Tensor, dmargin: Tensor, ignore_index: int, impl: str
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    dmargin: Tensor,
+    ignore_index: int,
+    impl: str,
+    transform: Tensor | None = None,
 ) -> Tensor:
     """dlogits (N, V) for a derivative by the margins (N,)."""
     if impl == "triton":
-        return _triton().gradient(logits, target, statistics, None, dmargin, ignore_index)
-    return _cpu.margin_gradient(logits, target, dmargin, ignore_index)
+        return _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, transform=transform)
+    return _cpu.margin_gradient(logits, target, dmargin, ignore_index, transform=transform)
 
 
 @margin_gradient.register_fake
-def _(logits, target, statistics, dmargin, ignore_index, impl):
+def _(logits, target, statistics, dmargin, ignore_index, impl, transform=None):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("fused_dm::margin_gradient_", mutates_args={"logits"})
-def margin_gradient_(logits: Tensor, target: Tensor, statistics: Tensor, dmargin: Tensor, ignore_index: int, impl: str) -> None:
+@torch.library.custom_op("fused_dm::margin_gradient2_", mutates_args={"logits"})
+def margin_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    dmargin: Tensor,
+    ignore_index: int,
+    impl: str,
+    transform: Tensor | None = None,
+) -> None:
     """Overwrite the logits by dlogits for a derivative by the margins (N,)."""
     if impl == "triton":
-        _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, out=logits)
+        _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, out=logits, transform=transform)
     else:
-        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits)
+        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
 
 
 def _margin_setup(ctx, inputs, output) -> None:
-    logits, target, ctx.ignore_index, ctx.impl = inputs
-    ctx.save_for_backward(logits, target, output[1])
+    logits, target, ctx.ignore_index, ctx.impl, transform = inputs
+    ctx.save_for_backward(logits, target, output[1], transform)
 
 
 def _margin_backward(ctx, dmargin, _):
-    logits, target, statistics = ctx.saved_tensors
-    return margin_gradient(logits, target, statistics, dmargin, ctx.ignore_index, ctx.impl), None, None, None
+    logits, target, statistics, transform = ctx.saved_tensors
+    dlogits = margin_gradient(logits, target, statistics, dmargin, ctx.ignore_index, ctx.impl, transform)
+    return dlogits, None, None, None, None
 
 
 margin.register_autograd(_margin_backward, setup_context=_margin_setup)
@@ -156,9 +174,16 @@ def take(logits: Tensor) -> Tensor:
     return taken
 
 
-@torch.library.custom_op("fused_dm::attach_overwriting", mutates_args=())
+@torch.library.custom_op("fused_dm::attach_overwriting2", mutates_args=())
 def attach_overwriting(
-    logits: Tensor, value: Tensor, target: Tensor, statistics: Tensor, coefficient: Tensor, ignore_index: int, impl: str
+    logits: Tensor,
+    value: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    coefficient: Tensor,
+    ignore_index: int,
+    impl: str,
+    transform: Tensor | None = None,
 ) -> Tensor:
     """`value`, () or (N,), whose gradient overwrites the logits in the backward: row by row, `coefficient` (N,) times that
     of the negative margin.
@@ -167,20 +192,20 @@ def attach_overwriting(
 
 
 @attach_overwriting.register_fake
-def _(logits, value, target, statistics, coefficient, ignore_index, impl):
+def _(logits, value, target, statistics, coefficient, ignore_index, impl, transform=None):
     return torch.empty_like(value)
 
 
 def _attach_overwriting_setup(ctx, inputs, output) -> None:
-    logits, _, target, statistics, coefficient, ctx.ignore_index, ctx.impl = inputs
-    ctx.save_for_backward(logits.detach(), target, statistics, coefficient)
+    logits, _, target, statistics, coefficient, ctx.ignore_index, ctx.impl, transform = inputs
+    ctx.save_for_backward(logits.detach(), target, statistics, coefficient, transform)
 
 
 def _attach_overwriting_backward(ctx, dvalue):
     _only_once(ctx)
-    dlogits, target, statistics, coefficient = ctx.saved_tensors
-    margin_gradient_(dlogits, target, statistics, -_times(coefficient, dvalue), ctx.ignore_index, ctx.impl)
-    return dlogits, None, None, None, None, None, None
+    dlogits, target, statistics, coefficient, transform = ctx.saved_tensors
+    margin_gradient_(dlogits, target, statistics, -_times(coefficient, dvalue), ctx.ignore_index, ctx.impl, transform)
+    return dlogits, None, None, None, None, None, None, None
 
 
 attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context=_attach_overwriting_setup)
@@ -189,14 +214,16 @@ attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
-@torch.library.custom_op("fused_dm::cpu_direction", mutates_args=())
-def cpu_direction(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("fused_dm::cpu_direction2", mutates_args=())
+def cpu_direction(
+    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Margins and leads (N,), and the gradient for a coefficient of 1 (N, V)."""
-    return _cpu.direction(logits, target, ignore_index)
+    return _cpu.direction(logits, target, ignore_index, transform=transform)
 
 
 @cpu_direction.register_fake
-def _(logits, target, ignore_index):
+def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     rows = target.shape[0]
     return (
@@ -206,14 +233,14 @@ def _(logits, target, ignore_index):
     )
 
 
-@torch.library.custom_op("fused_dm::cpu_direction_", mutates_args={"logits"})
-def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fused_dm::cpu_direction2_", mutates_args={"logits"})
+def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins and leads (N,); the logits are overwritten by the gradient for a coefficient of 1."""
-    return _cpu.direction(logits, target, ignore_index, out=logits)[:2]
+    return _cpu.direction(logits, target, ignore_index, out=logits, transform=transform)[:2]
 
 
 @cpu_direction_.register_fake
-def _(logits, target, ignore_index):
+def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
@@ -253,7 +280,7 @@ attach_direction.register_autograd(_attach_direction_backward, setup_context=_at
 # ---- Triton: the fused path
 
 
-@torch.library.custom_op("fused_dm::triton_loss", mutates_args=())
+@torch.library.custom_op("fused_dm::triton_loss2", mutates_args=())
 def triton_loss(
     logits: Tensor,
     target: Tensor,
@@ -262,13 +289,14 @@ def triton_loss(
     normalizer: Tensor | None,
     family: str,
     ignore_index: int,
+    transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,); the logits are read once."""
-    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index)
+    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, transform=transform)
 
 
 @triton_loss.register_fake
-def _(logits, target, weight, params, normalizer, family, ignore_index):
+def _(logits, target, weight, params, normalizer, family, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
@@ -277,40 +305,63 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
     )
 
 
-@torch.library.custom_op("fused_dm::triton_gradient", mutates_args=())
-def triton_gradient(logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int) -> Tensor:
+@torch.library.custom_op("fused_dm::triton_gradient2", mutates_args=())
+def triton_gradient(
+    logits: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    totals: Tensor,
+    dloss: Tensor,
+    ignore_index: int,
+    transform: Tensor | None = None,
+) -> Tensor:
     """dlogits (N, V); the logits are read once. `dloss` is () or, for a loss per row, (N,)."""
-    return _triton().gradient(logits, target, rows, totals, dloss, ignore_index)
+    return _triton().gradient(logits, target, rows, totals, dloss, ignore_index, transform=transform)
 
 
 @triton_gradient.register_fake
-def _(logits, target, rows, totals, dloss, ignore_index):
+def _(logits, target, rows, totals, dloss, ignore_index, transform=None):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("fused_dm::triton_gradient_", mutates_args={"logits"})
-def triton_gradient_(logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int) -> None:
+@torch.library.custom_op("fused_dm::triton_gradient2_", mutates_args={"logits"})
+def triton_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    totals: Tensor,
+    dloss: Tensor,
+    ignore_index: int,
+    transform: Tensor | None = None,
+) -> None:
     """Overwrite the logits by dlogits."""
-    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=logits)
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=logits, transform=transform)
 
 
 def _triton_loss_setup(ctx, inputs, output) -> None:
-    logits, target, _, _, _, _, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, output[1], output[2])
+    logits, target, _, _, _, _, ctx.ignore_index, transform = inputs
+    ctx.save_for_backward(logits, target, output[1], output[2], transform)
 
 
 def _triton_loss_backward(ctx, dloss, _, __):
-    logits, target, rows, totals = ctx.saved_tensors
-    dlogits = triton_gradient(logits, target, rows, totals, dloss, ctx.ignore_index)
-    return dlogits, None, None, None, None, None, None
+    logits, target, rows, totals, transform = ctx.saved_tensors
+    dlogits = triton_gradient(logits, target, rows, totals, dloss, ctx.ignore_index, transform)
+    return dlogits, None, None, None, None, None, None, None
 
 
 triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_setup)
 
 
-@torch.library.custom_op("fused_dm::attach_rows", mutates_args=())
+@torch.library.custom_op("fused_dm::attach_rows2", mutates_args=())
 def attach_rows(
-    logits: Tensor, value: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int, inplace: bool
+    logits: Tensor,
+    value: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    totals: Tensor,
+    ignore_index: int,
+    inplace: bool,
+    transform: Tensor | None = None,
 ) -> Tensor:
     """`value`, () or (N,), whose gradient by the logits is computed from the rows' numbers in the backward, over the logits
     if `inplace`.
@@ -319,24 +370,24 @@ def attach_rows(
 
 
 @attach_rows.register_fake
-def _(logits, value, target, rows, totals, ignore_index, inplace):
+def _(logits, value, target, rows, totals, ignore_index, inplace, transform=None):
     return torch.empty_like(value)
 
 
 def _attach_rows_setup(ctx, inputs, output) -> None:
-    logits, _, target, rows, totals, ctx.ignore_index, ctx.inplace = inputs
-    ctx.save_for_backward(logits.detach() if ctx.inplace else logits, target, rows, totals)
+    logits, _, target, rows, totals, ctx.ignore_index, ctx.inplace, transform = inputs
+    ctx.save_for_backward(logits.detach() if ctx.inplace else logits, target, rows, totals, transform)
 
 
 def _attach_rows_backward(ctx, dvalue):
     if ctx.inplace:
         _only_once(ctx)
-        dlogits, target, rows, totals = ctx.saved_tensors
-        triton_gradient_(dlogits, target, rows, totals, dvalue, ctx.ignore_index)
+        dlogits, target, rows, totals, transform = ctx.saved_tensors
+        triton_gradient_(dlogits, target, rows, totals, dvalue, ctx.ignore_index, transform)
     else:
-        logits, target, rows, totals = ctx.saved_tensors
-        dlogits = triton_gradient(logits, target, rows, totals, dvalue, ctx.ignore_index)
-    return dlogits, None, None, None, None, None, None
+        logits, target, rows, totals, transform = ctx.saved_tensors
+        dlogits = triton_gradient(logits, target, rows, totals, dvalue, ctx.ignore_index, transform)
+    return dlogits, None, None, None, None, None, None, None
 
 
 attach_rows.register_autograd(_attach_rows_backward, setup_context=_attach_rows_setup)
@@ -345,7 +396,7 @@ attach_rows.register_autograd(_attach_rows_backward, setup_context=_attach_rows_
 # ---- Triton: the gradient for dloss = 1 is written in the forward
 
 
-@torch.library.custom_op("fused_dm::triton_fused", mutates_args=())
+@torch.library.custom_op("fused_dm::triton_fused2", mutates_args=())
 def triton_fused(
     logits: Tensor,
     target: Tensor,
@@ -354,15 +405,16 @@ def triton_fused(
     normalizer: Tensor,
     family: str,
     ignore_index: int,
+    transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
     dlogits = logits.new_empty(logits.shape)
-    found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, out=dlogits)
+    found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, dlogits, transform)
     return *found, dlogits
 
 
 @triton_fused.register_fake
-def _(logits, target, weight, params, normalizer, family, ignore_index):
+def _(logits, target, weight, params, normalizer, family, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
@@ -372,7 +424,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index):
     )
 
 
-@torch.library.custom_op("fused_dm::triton_fused_", mutates_args={"logits"})
+@torch.library.custom_op("fused_dm::triton_fused2_", mutates_args={"logits"})
 def triton_fused_(
     logits: Tensor,
     target: Tensor,
@@ -381,13 +433,14 @@ def triton_fused_(
     normalizer: Tensor,
     family: str,
     ignore_index: int,
+    transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,); the logits are overwritten by dlogits for dloss = 1."""
-    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, out=logits)
+    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, logits, transform)
 
 
 @triton_fused_.register_fake
-def _(logits, target, weight, params, normalizer, family, ignore_index):
+def _(logits, target, weight, params, normalizer, family, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
@@ -427,37 +480,51 @@ def _attach_overwritten_backward(ctx, dvalue):
 attach_overwritten.register_autograd(_attach_overwritten_backward, setup_context=_attach_overwritten_setup)
 
 
-@torch.library.custom_op("fused_dm::triton_rescale_", mutates_args={"dlogits"})
+@torch.library.custom_op("fused_dm::triton_rescale2_", mutates_args={"dlogits"})
 def triton_rescale_(
-    dlogits: Tensor, logits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, dloss: Tensor, ignore_index: int
+    dlogits: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    totals: Tensor,
+    dloss: Tensor,
+    ignore_index: int,
+    transform: Tensor | None = None,
 ) -> None:
     """Replace the gradient for dloss = 1 by that for `dloss` (), computed anew; nothing is written where it is 1."""
-    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits, skip_one=True)
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits, skip_one=True, transform=transform)
 
 
-@torch.library.custom_op("fused_dm::attach_gradient", mutates_args=())
+@torch.library.custom_op("fused_dm::attach_gradient2", mutates_args=())
 def attach_gradient(
-    logits: Tensor, value: Tensor, dlogits: Tensor, target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int
+    logits: Tensor,
+    value: Tensor,
+    dlogits: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    totals: Tensor,
+    ignore_index: int,
+    transform: Tensor | None = None,
 ) -> Tensor:
     """`value` (), whose gradient by the logits is `dlogits` times its derivative."""
     return value.clone()
 
 
 @attach_gradient.register_fake
-def _(logits, value, dlogits, target, rows, totals, ignore_index):
+def _(logits, value, dlogits, target, rows, totals, ignore_index, transform=None):
     return torch.empty_like(value)
 
 
 def _attach_gradient_setup(ctx, inputs, output) -> None:
-    logits, _, dlogits, target, rows, totals, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, dlogits, target, rows, totals)
+    logits, _, dlogits, target, rows, totals, ctx.ignore_index, transform = inputs
+    ctx.save_for_backward(logits, dlogits, target, rows, totals, transform)
 
 
 def _attach_gradient_backward(ctx, dvalue):
     _only_once(ctx)
-    logits, dlogits, target, rows, totals = ctx.saved_tensors
-    triton_rescale_(dlogits, logits, target, rows, totals, dvalue, ctx.ignore_index)
-    return dlogits, None, None, None, None, None, None
+    logits, dlogits, target, rows, totals, transform = ctx.saved_tensors
+    triton_rescale_(dlogits, logits, target, rows, totals, dvalue, ctx.ignore_index, transform)
+    return dlogits, None, None, None, None, None, None, None
 
 
 attach_gradient.register_autograd(_attach_gradient_backward, setup_context=_attach_gradient_setup)

@@ -53,6 +53,11 @@ def _sizes(logits: Tensor) -> dict[str, int]:
     }
 
 
+def _transform(transform: Tensor | None) -> dict:
+    """Scale and cap of the logits, see `fused_dm._api`, as the kernels take them."""
+    return {"transform_ptr": transform, "CAPPED": transform is not None and transform.shape[0] == 2}
+
+
 def _family(family: str) -> dict:
     log_weight, loss = kernels.FAMILIES.get(family) or DEVICE_FORMS.get(family, (None, None))
     if log_weight is None:
@@ -71,7 +76,7 @@ def _spans(logits: Tensor, whole_rows: bool) -> tuple[tuple[int], dict[str, int]
     return (tiles * triton.cdiv(classes, span),), {"SPAN": span, **config}
 
 
-def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
     dtype = compute_dtype(logits.dtype)
@@ -86,6 +91,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
                 rows_ptr=statistics,
                 margin_ptr=margins,
                 ignore_index=ignore_index,
+                **_transform(transform),
                 **_sizes(logits),
                 **config,
             )
@@ -101,6 +107,7 @@ def loss_and_rows(
     family: str,
     ignore_index: int,
     out: Tensor | None = None,
+    transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,), with dlogits (N, V) for dloss = 1 written to `out` if given: two launches."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
@@ -119,6 +126,7 @@ def loss_and_rows(
         "rows_ptr": buffer,
         "partials_ptr": partials,
         "ignore_index": ignore_index,
+        **_transform(transform),
         **_sizes(logits),
         **_family(family),
         **config,
@@ -157,6 +165,7 @@ def gradient(
     ignore_index: int,
     out: Tensor | None = None,
     skip_one: bool = False,
+    transform: Tensor | None = None,
 ) -> Tensor:
     """dlogits from the rows' numbers: one launch, into `out` where that is given; it may be the logits themselves.
 
@@ -181,6 +190,7 @@ def gradient(
                 dloss_stride=1 if dloss.dim() else 0,
                 ignore_index=ignore_index,
                 SKIP_ONE=skip_one,
+                **_transform(transform),
                 **sizes,
                 **config,
             )

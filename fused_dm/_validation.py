@@ -26,10 +26,12 @@ INTEGER_DTYPES = (
     torch.uint64,
 )
 TRITON_DEVICES = ("cuda", "xpu")
+# Looked up once, here: torch 2.11 cannot trace the search for a module.
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def interprets() -> bool:
@@ -79,13 +81,99 @@ def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -
     check_ignore_index(ignore_index)
 
 
+def check_linear(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int, autocast: bool
+) -> None:
+    """The arguments of a linear layer and the labels of its output."""
+    layer = {"input": input, "linear_weight": linear_weight}
+    if linear_bias is not None:
+        layer["linear_bias"] = linear_bias
+    for name, value in {**layer, "target": target}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+        if value.device != input.device:
+            raise ValueError(f"{name}: expected device {input.device}, that of input, got {value.device}")
+        if is_batched(value):
+            raise ValueError(
+                f"{name}: expected a tensor outside torch.vmap; give input all batches, in dimensions before the last"
+            )
+    for name, value in layer.items():
+        if value.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {value.dtype}")
+        if value.dtype != input.dtype and (not autocast or torch.float64 in (value.dtype, input.dtype)):
+            raise TypeError(f"{name}: expected dtype {input.dtype}, that of input, got {value.dtype}")
+    if input.dim() < 1:
+        raise ValueError("input: expected shape (..., H), got a 0-d tensor")
+    features = input.shape[-1]
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or linear_weight.shape[0] == 0:
+        raise ValueError(
+            f"linear_weight: expected shape (V, {features}), V at least 1, for input of shape {tuple(input.shape)}, got "
+            f"{tuple(linear_weight.shape)}"
+        )
+    if linear_bias is not None and tuple(linear_bias.shape) != (linear_weight.shape[0],):
+        raise ValueError(f"linear_bias: expected shape ({linear_weight.shape[0]},), got {tuple(linear_bias.shape)}")
+    if target.dtype.is_floating_point:
+        raise TypeError(
+            f"target: expected labels of an integer dtype, got {target.dtype}; probability targets change the direction of "
+            "the gradient and cannot be written as an emphasis w(p)"
+        )
+    if target.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
+    if target.shape != input.shape[:-1]:
+        expected = tuple(input.shape[:-1])
+        raise ValueError(
+            f"target: expected shape {expected} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    check_ignore_index(ignore_index)
+
+
+def check_linear_options(
+    recompute: bool, skip_tolerance: float, drop_ignored: bool, max_logits_bytes: int | None, reduction: str
+) -> None:
+    for name, flag in (("recompute", recompute), ("drop_ignored", drop_ignored)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
+    if isinstance(skip_tolerance, bool) or not isinstance(skip_tolerance, (int, float)):
+        raise TypeError(f"skip_tolerance: expected a number, got {skip_tolerance!r}")
+    if not 0 <= skip_tolerance < 1:
+        raise ValueError(f"skip_tolerance: expected a number in [0, 1), got {skip_tolerance!r}")
+    if skip_tolerance and not recompute:
+        raise ValueError(
+            "skip_tolerance: expected recompute=True with it, got recompute=False, where the products are computed before the "
+            "batch's norms are known"
+        )
+    if skip_tolerance and reduction == "none":
+        raise ValueError(
+            'skip_tolerance: expected a reduction other than "none" with it, whose gradients depend on what the rows are '
+            "multiplied by"
+        )
+    if max_logits_bytes is not None:
+        if isinstance(max_logits_bytes, bool) or not isinstance(max_logits_bytes, int):
+            raise TypeError(f"max_logits_bytes: expected an int or None, got {max_logits_bytes!r}")
+        if max_logits_bytes < 1:
+            raise ValueError(f"max_logits_bytes: expected at least 1, got {max_logits_bytes}")
+
+
 def check_tensor_or_none(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
 
 
 def check_weights(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
-    classes = logits.shape[min(1, logits.dim() - 1)]
+    _check_weights("logits", logits, logits.shape[min(1, logits.dim() - 1)], target, weight, sample_weight)
+
+
+def check_linear_weights(
+    input: Tensor, linear_weight: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
+) -> None:
+    _check_weights("input", input, linear_weight.shape[0], target, weight, sample_weight)
+
+
+def _check_weights(
+    given: str, tensor: Tensor, classes: int, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
+) -> None:
     for name, value, shape in (
         ("weight", weight, (classes,)),
         ("sample_weight", sample_weight, tuple(target.shape)),
@@ -97,8 +185,8 @@ def check_weights(logits: Tensor, target: Tensor, weight: Tensor | None, sample_
             raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
         if tuple(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-        if value.device != logits.device:
-            raise ValueError(f"{name}: expected device {logits.device}, that of logits, got {value.device}")
+        if value.device != tensor.device:
+            raise ValueError(f"{name}: expected device {tensor.device}, that of {given}, got {value.device}")
         if value.requires_grad:
             raise ValueError(f"{name}: expected a tensor that does not require grad; weights are constants to autograd")
 
@@ -132,9 +220,26 @@ def check_options(reduction: str, normalizer: float | Tensor | None, eps: float 
         )
 
 
-def check_normalizer_device(normalizer: float | Tensor | None, logits: Tensor) -> None:
-    if isinstance(normalizer, Tensor) and normalizer.device != logits.device:
-        raise ValueError(f"normalizer: expected device {logits.device}, that of logits, got {normalizer.device}")
+def check_transform(softcap: float | Tensor | None, logit_scale: float | Tensor | None) -> None:
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is None:
+            continue
+        if isinstance(value, Tensor):
+            if value.dim() != 0:
+                raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+            if value.dtype.is_complex or value.dtype == torch.bool:
+                raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
+            if value.requires_grad:
+                raise ValueError(f"{name}: expected a tensor that does not require grad; it is a constant to autograd")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, a 0-d tensor or None, got {value!r}")
+        elif not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def check_scalar_device(name: str, value: float | Tensor | None, given: str, tensor: Tensor) -> None:
+    if isinstance(value, Tensor) and value.device != tensor.device:
+        raise ValueError(f"{name}: expected device {tensor.device}, that of {given}, got {value.device}")
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -127,6 +127,8 @@ def dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
     form: str = "stable",
 ) -> ReferenceOutput:
     """The DM loss of rows of logits, from the definition.
@@ -142,6 +144,8 @@ def dm_loss(
             which returns the rows with D = 1.
         normalizer: D for reduction "sum".
         eps: added to 2 q; None means 0 for an EDF with a closed form and 1e-6 for the others.
+        softcap: c in c tanh(z / c), by which the logits are replaced, after `logit_scale`.
+        logit_scale: s in s z, by which the logits are replaced.
         form: "literal", the formula as it is written, or "stable", from the margin.
 
     Returns:
@@ -149,6 +153,12 @@ def dm_loss(
     """
     closed_form: Callable | None = emphasis.loss if getattr(emphasis, "has_loss", False) else None
     eps = (0.0 if closed_form else 1e-6) if eps is None else eps
+    if logit_scale is not None or softcap is not None:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
     target = target.long()

@@ -5,7 +5,8 @@ that is not masked must fall on an element of the tensor whose pointer the addre
 of a strided tensor excluded. The origin of an address is known because the pointers carry the number of their argument in
 the 16 bits that user-space addresses leave free.
 
-The interpreter cuts fp32 off when it casts to bf16, where every GPU rounds to nearest even; that is mended too.
+The interpreter cuts fp32 off when it casts to bf16, where every GPU rounds to nearest even, and misreads subnormal bf16; that
+is mended too.
 """
 
 import contextlib
@@ -90,6 +91,11 @@ def nearest_even(data: np.ndarray) -> np.ndarray:
     return rounded.view(torch.int16).numpy().view(np.uint16)
 
 
+def widened(data: np.ndarray) -> np.ndarray:
+    """The bits of bf16 as fp32: its upper half."""
+    return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 bounds = Bounds()
 
 
@@ -113,6 +119,8 @@ def install() -> None:
     def rounded_cast(self, source, to):
         if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
             return interpreter.TensorHandle(nearest_even(source.data), to.scalar)
+        if source.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
+            return interpreter.TensorHandle(widened(source.data), to.scalar)
         return cast(self, source, to)
 
     def tagged(argument):
@@ -130,7 +138,7 @@ def install() -> None:
         return launch(self, *arguments, **options)
 
     kind.create_masked_load, kind.create_masked_store = checked_load, checked_store
-    kind.cast_impl = kind.create_fp_trunc = rounded_cast
+    kind.cast_impl = kind.create_fp_trunc = kind.create_fp_ext = rounded_cast
     interpreter._implicit_cvt = tagged
     interpreter.GridExecutor.__call__ = named_launch
 

@@ -113,7 +113,7 @@ FAULTS = [
     Fault("in place: nothing multiplied", f"{KERNELS}/gradient.py", "end = tl.where(dloss == 1.0, begin,", "end = tl.where(dloss == dloss, begin,"),
     Fault("in place: the first rows multiplied for all", f"{KERNELS}/gradient.py", "row = (tl.program_id(0) // spans).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    exists", "row = (tl.program_id(0) // spans).to(tl.int64) * 0 + tl.arange(0, BLOCK_N)\n    exists"),
     Fault("in place: a row of 0 becomes nan for an infinite dloss", f"{KERNELS}/gradient.py", "gradient = tl.where(gradient == 0.0, 0.0, gradient * dloss)", "gradient = gradient * dloss"),
-    Fault("in place, CPU: the label read after it was overwritten", "fused_dm/_cpu.py", "label_logit = self.label_logit.masked_fill(", "label_logit = self.logits.gather(1, self.label)[:, 0].to(self.dtype).masked_fill("),
+    Fault("in place, CPU: the label read after it was overwritten", "fused_dm/_cpu.py", "label_logit = self.label_logit.masked_fill(", "label_logit = self.logits.gather(1, self.label[:, None])[:, 0].to(self.dtype).masked_fill("),
     Fault("in place: a later use goes unnoticed", "fused_dm/_operators.py", "    _Overwritten.apply(logits)\n", "    pass\n"),
     Fault("in place: leaf tensors accepted", "fused_dm/_validation.py", "    if logits.is_leaf:", "    if False:"),
     Fault("in place: overlapping rows accepted", "fused_dm/_validation.py", "logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:", "logits.shape[0] > 1 and False:"),

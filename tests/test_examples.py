@@ -14,7 +14,9 @@ README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
-@pytest.mark.parametrize("module", [_api, _environment, _report, edf, schedules], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [_api, _environment, _report, edf, edf._check, edf._custom, schedules], ids=lambda module: module.__name__
+)
 def test_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0

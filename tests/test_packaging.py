@@ -1,12 +1,17 @@
-"""The wheel holds the package and its kernels, and works where the source tree is not."""
+"""What is built holds what it should, and works where the source tree is not; `make package` goes further."""
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import distributions
 import pytest
+
+import fused_dm
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,14 +37,14 @@ def run(*command, **options):
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="the build backend is not installed here")
 def test_wheel_works_elsewhere(tmp_path):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT))
-    (wheel,) = wheels.glob("*.whl")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(wheels), str(ROOT))
+    (sdist,), (wheel,) = wheels.glob("*.tar.gz"), wheels.glob("*.whl")
+    distributions.check_sdist(sdist)
+    distributions.check_wheel(wheel)
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
     assert (site / "fused_dm" / "py.typed").exists()
     environment = {**os.environ, "PYTHONPATH": str(site)}
     out = run(sys.executable, "-W", "error", "-c", PROGRAM, str(site), cwd=tmp_path, env=environment)
-    import fused_dm
-
     assert run(str(site / "bin" / "fused-dm"), "env", cwd=tmp_path, env=environment).startswith("fused_dm: ")
     assert out.split() == [fused_dm.__version__, "True"]
 
@@ -68,3 +73,22 @@ def test_import_needs_no_triton(tmp_path):
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
     out = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
     assert out.strip() == "impl='triton': triton is not installed; install it, or pass impl='reference'"
+
+
+def test_page_commands_are_found():
+    found = distributions.commands()
+    assert "fused-dm edfs" in found
+    assert any(command.startswith("fused-dm plot ") for command in found)
+    assert len(distributions.python_blocks()) > 4
+
+
+def test_types_of_dm_loss_know_every_argument():
+    """mypy reads the overloads alone: a parameter that they lack does not exist for it."""
+    whole = inspect.signature(fused_dm.dm_loss).parameters
+    overloads = typing.get_overloads(fused_dm.dm_loss)
+    assert len(overloads) == 3
+    for overload in overloads:
+        parameters = inspect.signature(overload).parameters
+        assert list(parameters) == list(whole)
+        for name in set(whole) - {"return_output"}:
+            assert parameters[name] == whole[name], name

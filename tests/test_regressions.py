@@ -3,10 +3,11 @@
 import math
 
 import pytest
-from batches import IMPLEMENTATIONS, make, run
-from tolerance import check, expected
+import torch
+from batches import GPU, IMPLEMENTATIONS, device_of, make, run
+from tolerance import check, compare, expected
 
-from fused_dm import edf
+from fused_dm import dm_loss, edf
 
 DM = edf.DM(beta=8, lambd=0.5)
 
@@ -29,3 +30,16 @@ def test_the_exponentials_of_a_long_row_add_up(impl, classes):
     """torch's softmax was off by 2e-6 for 2^16 classes and by 5e-4 for 10^7: it adds them up one after the other."""
     logits, target = make(2, classes, scale=0.5)
     check(*run(impl, logits, target, edf.CCE(), reduction="mean"), expected(logits, target, edf.CCE(), reduction="mean"))
+
+
+def test_a_subnormal_gradient_that_is_multiplied_where_it_lies():
+    """The interpreter, not the kernel, took a subnormal of bf16 for another number: 2e-38 for 3e-39."""
+    logits = torch.tensor([[0.0, 0.0, -88.75]], dtype=torch.bfloat16)
+    leaf = logits.to(device_of("triton")).requires_grad_()
+    target = torch.tensor([0], device=leaf.device)
+    loss = dm_loss(leaf * 1, target, edf.Uniform(), reduction="mean", inplace=True, impl="triton")
+    (dlogits,) = torch.autograd.grad(loss, leaf, torch.tensor(-2.0, device=leaf.device))
+    truth = expected(logits, target, edf.Uniform(), torch.tensor(-2.0), reduction="mean")
+    compare("dlogits", dlogits, truth.dlogits, truth.allowed["dlogits"])
+    subnormal = dlogits[0, 2].item() / truth.dlogits[0, 2].item()
+    assert GPU or abs(subnormal - 1) < torch.finfo(torch.bfloat16).eps * 8

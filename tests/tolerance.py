@@ -73,11 +73,42 @@ def depths(logits: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Te
     return each, mean, lead + mean + math.log(z.shape[1])
 
 
-def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None = None, **options: Any) -> Expected:
+def _moves(logits: Tensor, target: Tensor, error: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """How far lse and margin, (N,) each, may be off where the logits may be off by `error` (N, V)."""
+    label = torch.where(target != ignore_index, target, 0).long()[:, None]
+    others = torch.softmax(logits.scatter(1, label, -math.inf), 1).nan_to_num(0)
+    lse = (others * torch.exp(error)).sum(1).clamp(min=1).log()
+    return lse, lse + error.gather(1, label)[:, 0]
+
+
+def _moved(function: Any, margin: Tensor, by: Tensor) -> Tensor:
+    """The largest change of a function of (log p, log q), whose value is a logarithm, within `by` (N,) of the margins."""
+
+    def at(margin: Tensor) -> Tensor:
+        log_p, log_q = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
+        return function(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)) + 0 * margin
+
+    steps = torch.linspace(-1, 1, 33, dtype=torch.float64)
+    return (at(margin + steps[:, None] * by) - at(margin)).abs().nan_to_num(0, 0, 0).amax(0)
+
+
+def expected(
+    logits: Tensor,
+    target: Tensor,
+    emphasis: Any,
+    dloss: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    logit_error: Tensor | None = None,
+    **options: Any,
+) -> Expected:
     """The truth for a call of dm_loss with these arguments, logits (N, V), and the bound on every result.
 
-    `dloss` is the derivative by the loss, of its shape; 1 where it is None.
+    `dloss` is the derivative by the loss, of its shape; 1 where it is None. `dtype` is that of the logits which the
+    implementation saw, if it is another, and `logit_error` (N, V) by how much they may be off.
     """
+    if options.get("softcap") is not None or options.get("logit_scale") is not None:
+        return _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error, **options)
     logits, target = logits.detach().cpu(), target.cpu()
     options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
     z = logits.double().requires_grad_()
@@ -86,16 +117,21 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
     exact.loss.backward(dloss)
     dlogits, loss = z.grad, exact.loss.detach()
 
-    storage, compute = torch.finfo(logits.dtype), torch.finfo(compute_dtype(logits.dtype))
+    dtype = logits.dtype if dtype is None else dtype
+    storage, compute = torch.finfo(dtype), torch.finfo(compute_dtype(dtype))
     ignore_index = options.get("ignore_index", -100)
     valid = target != ignore_index
-    margin = reference.margin(logits.double(), target, ignore_index)
+    margin = reference.margin(z.detach(), target, ignore_index)
     function = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
     has_loss = getattr(emphasis, "has_loss", False)
     eps = options.get("eps")
     eps = (0.0 if has_loss else 1e-6) if eps is None else eps
     log_weight, weight_slope = _slope(function, margin)
-    _, value_slope = _slope(lambda p, q: (emphasis.loss(p, q) if has_loss else -p).clamp(min=1e-300).log(), margin)
+
+    def log_value(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (emphasis.loss(log_p, log_q) if has_loss else -log_p).clamp(min=1e-300).log()
+
+    _, value_slope = _slope(log_value, margin)
     unit_slope = (1 - torch.sigmoid(-margin)) * eps / (2 * torch.sigmoid(-margin) + eps) if eps else 0 * margin
     c = torch.where(valid, torch.ones_like(margin), 0)
     if options.get("weight") is not None:
@@ -110,15 +146,31 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
         torch.where(log_weight == -math.inf, 0, log_weight.abs()) + torch.where(counts, c.abs().log().abs(), 0)
     )
 
-    def error(*slopes: Tensor) -> Tensor:
-        """The relative error of a row's number whose logarithm has these slopes, in units of u."""
-        total = rounding + 2 * reach * sum(slope.nan_to_num(1, 1, 1) for slope in slopes)
-        return torch.where(counts, total, 0)
+    u, label = compute.eps, torch.where(valid, target, 0).long()[:, None]
+    moved = dict.fromkeys(("weight", "value", "unit", "prob"), torch.zeros_like(margin))
+    lse_moved, logit_moved = torch.zeros_like(margin), torch.zeros_like(z.detach())
+    if logit_error is not None:
+        lse_moved, by = _moves(z.detach(), target, logit_error, ignore_index)
+        logit_moved = logit_error
+        moved["weight"] = _moved(function, margin, by)
+        moved["value"] = _moved(log_value, margin, by)
+        moved["prob"] = _moved(lambda log_p, _: log_p, margin, by)
+        if eps:
+            moved["unit"] = _moved(lambda _, q: q - torch.log(2 * q.exp() + eps), margin, by)
 
-    row = error(weight_slope)
-    row_value = error(value_slope) if has_loss else error(value_slope, weight_slope)
-    row_gradient = error(weight_slope, unit_slope)[:, None] + torch.where(
-        counts[:, None], 2 * depth[:, None] + 2 * depth_each, 0
+    def error(slopes: dict[str, Tensor]) -> Tensor:
+        """The relative error of a row's number whose logarithm has these slopes, in units of u."""
+        total = rounding + 2 * reach * sum(slope.nan_to_num(1, 1, 1) for slope in slopes.values())
+        return torch.where(counts, total + torch.expm1(sum(moved[name] for name in slopes)) / u, 0)
+
+    of_value, of_weight, of_unit = {"value": value_slope}, {"weight": weight_slope}, {"unit": unit_slope}
+    row = error(of_weight)
+    row_value = error(of_value) if has_loss else error(of_value | of_weight)
+    # Of the classes other than the label; the label's own element has no exp(z_j - lse).
+    of_class = torch.expm1((lse_moved[:, None] + logit_moved).scatter(1, label, 0)) / u
+    of_class = of_class * (1 + torch.expm1(moved["weight"] + moved["unit"]))[:, None]
+    row_gradient = error(of_weight | of_unit)[:, None] + torch.where(
+        counts[:, None], 2 * depth[:, None] + 2 * depth_each + of_class, 0
     )
 
     per_row = options.get("reduction", "sum_weight") == "none"
@@ -134,7 +186,6 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
         on_divisor = c.abs().sum() / c.sum().abs() * BASE if counts.any() else torch.zeros(())
     else:
         on_divisor = divisor + BASE
-    u = compute.eps
     # The coefficient of the row: half the L1 norm of its gradient.
     k = dlogits.abs().sum(1).nan_to_num(0, 0, 0) / 2
     tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
@@ -153,10 +204,121 @@ def expected(logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor | None
         "dlogits": (storage.eps + (row_gradient + on_divisor) * u) * dlogits.abs() + tiny * torch.clamp(k, min=1)[:, None],
         "loss": (value_error if per_row else value_error.nan_to_num(0, 0, 0).sum() * scale) + u * loss.abs() + one,
         "example_weight": (row + on_divisor + 1) * u * exact.example_weight.abs() + one,
-        "target_prob": (BASE + 2 * reach) * u * exact.target_prob + one,
+        "target_prob": ((BASE + 2 * reach) * u + torch.expm1(moved["prob"])) * exact.target_prob + one,
         "sum_weight": (divisor + BASE) * u * exact.sum_weight.abs() + one,
     }
     return Expected(loss, dlogits, *exact[1:], allowed)
+
+
+def _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error, *, softcap=None, logit_scale=None, **options):
+    """With z' = c tanh(x), x = s z / c: the truth for the logits z', whose gradient is multiplied by s / cosh(x)^2.
+
+    x has the relative error 2 u, which z' has at most, as x / (cosh x sinh x) <= 1; tanh has 4 u, and the product 1 u. Where
+    the raw logits have an error of their own, z' has at most s times that. The slope has 2 |x| u from x, twice that from the
+    exponential of 2 |x|, and 8 u from its own operations.
+    """
+    dtype = logits.dtype if dtype is None else dtype
+    u = torch.finfo(compute_dtype(dtype)).eps
+    raw = logits.detach().double().cpu()
+    scale = 1.0 if logit_scale is None else float(logit_scale)
+    x = raw * scale
+    off = torch.zeros_like(x) if logit_error is None else logit_error * abs(scale)
+    if softcap is None:
+        capped, slope, of_slope = x, torch.full_like(x, scale), torch.zeros_like(x)
+    else:
+        x = x / float(softcap)
+        capped, slope = float(softcap) * torch.tanh(x), scale / torch.cosh(x).square()
+        of_slope = (8 + 6 * x.abs()) * u + torch.expm1(2 * off / float(softcap))
+    error = off + 7 * u * capped.abs()
+    truth = expected(capped, target, emphasis, dloss, dtype=dtype, logit_error=error, **options)
+    allowed = dict(truth.allowed)
+    allowed["dlogits"] = slope * (allowed["dlogits"] + truth.dlogits.abs() * (of_slope + u))
+    # What is below the range of the storage dtype or of fp32 vanishes after the slope has been applied.
+    storage = torch.finfo(dtype)
+    allowed["dlogits"] += max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
+    return truth._replace(dlogits=truth.dlogits * slope, allowed=allowed)
+
+
+class LinearExpected(NamedTuple):
+    """Exact results of the last layer and the loss in fp64, and by how much each may be missed."""
+
+    loss: Tensor
+    dinput: Tensor
+    dweight: Tensor
+    dbias: Tensor | None
+    example_weight: Tensor
+    target_prob: Tensor
+    sum_weight: Tensor
+    correct: Tensor
+    certain: Tensor  # where the bound on the logits leaves no doubt about `correct`
+    allowed: dict[str, Tensor]
+
+
+def expected_linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    emphasis: Any,
+    dloss: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> LinearExpected:
+    """The truth for dm_loss of the logits of a layer, input (N, H), and the bound that the unfused computation keeps.
+
+    A sum of n products in any order has the error n u times the sum of their magnitudes, and its result is rounded once to the
+    storage dtype. So a logit may be off by (H + 1) u sum_h |x_h w_jh| + eps(storage) |z_j|; what that does to the rows' numbers
+    is evaluated, as it is not small in 16 bits. The gradient by the logits is multiplied with weight and input with whatever
+    errors it has, and those of the products' own sums, of V and N terms, come on top.
+    """
+    dtype = input.dtype if dtype is None else dtype
+    storage, u = torch.finfo(dtype), torch.finfo(compute_dtype(dtype)).eps
+    x, w = input.detach().to(dtype).double().cpu(), linear_weight.detach().to(dtype).double().cpu()
+    b = torch.zeros(len(w), dtype=torch.float64) if linear_bias is None else linear_bias.detach().to(dtype).double().cpu()
+    logits = x @ w.t() + b
+    magnitude = x.abs() @ w.abs().t() + b.abs()
+    rounded = storage.eps * logits.abs() if storage.eps > u else 0
+    error = (x.shape[1] + 1) * u * magnitude + rounded
+    truth = expected(logits, target, emphasis, dloss, dtype=dtype, logit_error=error, **options)
+    g, off = truth.dlogits, truth.allowed["dlogits"]
+
+    def product(exact: Tensor, off: Tensor, magnitude: Tensor, terms: int, given: torch.dtype) -> Tensor:
+        return off + (terms + 2) * u * magnitude + torch.finfo(given).eps * exact.abs() + torch.finfo(given).tiny
+
+    dinput, dweight, dbias = g @ w, g.t() @ x, g.sum(0)
+    allowed = dict(truth.allowed)
+    del allowed["dlogits"]
+    allowed["dinput"] = product(dinput, off @ w.abs(), g.abs() @ w.abs(), len(w), input.dtype)
+    allowed["dweight"] = product(dweight, off.t() @ x.abs(), g.abs().t() @ x.abs(), len(x), linear_weight.dtype)
+    if linear_bias is not None:
+        allowed["dbias"] = product(dbias, off.sum(0), g.abs().sum(0), len(x), linear_bias.dtype)
+    lead, doubt = _lead(logits, target, error, options.get("ignore_index", -100))
+    return LinearExpected(
+        truth.loss,
+        dinput,
+        dweight,
+        None if linear_bias is None else dbias,
+        *truth[2:6],
+        certain=lead.abs() > doubt,
+        allowed=allowed,
+    )
+
+
+def _lead(logits: Tensor, target: Tensor, error: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The label's logit less the largest other, (N,), and by how much it may be off. A softcap keeps their order."""
+    label = torch.where(target != ignore_index, target, 0).long()[:, None]
+    lead = logits.gather(1, label)[:, 0] - logits.scatter(1, label, -math.inf).amax(1)
+    return lead, 2 * error.amax(1)
+
+
+def check_linear(output: Any, gradients: dict[str, Tensor], truth: LinearExpected) -> None:
+    """Compare an output and gradients named "dinput", "dweight" and "dbias" with the truth."""
+    for name in ("loss", "example_weight", "target_prob", "sum_weight"):
+        compare(name, getattr(output, name), getattr(truth, name), truth.allowed[name])
+    for name, gradient in gradients.items():
+        compare(name, gradient, getattr(truth, name), truth.allowed[name])
+    assert torch.equal(output.correct.cpu()[truth.certain], truth.correct[truth.certain])
 
 
 def share_of_bound(got: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:

@@ -18,13 +18,24 @@ from .rows import (
 
 
 @triton.jit
-def row_statistics(logits_ptr, row_start, target, V, active, dtype, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+def row_statistics(
+    logits_ptr,
+    row_start,
+    target,
+    V,
+    active,
+    dtype,
+    transform_ptr,
+    CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """Maximum and sum of exp(z - max) over the classes other than the label, in one pass."""
     row_max = tl.full([BLOCK_N], -INF, dtype)
     row_sum = tl.zeros([BLOCK_N], dtype)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row_start, cols, V, active)
+        logits = load_block(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED)
         row_max, row_sum, _ = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     return row_max, row_sum
 
@@ -33,6 +44,7 @@ def row_statistics(logits_ptr, row_start, target, V, active, dtype, BLOCK_N: tl.
 def margin_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     rows_ptr,  # (3, N) out: max, sum, lead
     margin_ptr,  # (N,) out
     N,
@@ -40,6 +52,7 @@ def margin_kernel(
     logits_row_stride,  # in units of UNIT
     ignore_index,
     UNIT: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -48,9 +61,9 @@ def margin_kernel(
     row, exists, target, valid = own_rows(tl.program_id(0), target_ptr, N, ignore_index, BLOCK_N)
     # 64-bit from the row on: a stride alone may be 2^31 elements.
     row_start = row * logits_row_stride * UNIT
-    label_logit = load_label(logits_ptr, row_start, target, V, valid)
+    label_logit = load_label(logits_ptr, row_start, target, V, valid, transform_ptr, CAPPED)
     dtype: tl.constexpr = label_logit.dtype
-    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, BLOCK_N, BLOCK_V)
+    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, transform_ptr, CAPPED, BLOCK_N, BLOCK_V)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     tl.store(rows_ptr + row, row_max, mask=exists)
     tl.store(rows_ptr + row + N, row_sum, mask=exists)
@@ -62,6 +75,7 @@ def margin_kernel(
 def forward_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     rows_ptr,  # (7, N) out
@@ -73,6 +87,7 @@ def forward_kernel(
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     UNIT: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -81,9 +96,9 @@ def forward_kernel(
     tile = tl.program_id(0)
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
     row_start = row * logits_row_stride * UNIT
-    label_logit = load_label(logits_ptr, row_start, target, V, valid)
+    label_logit = load_label(logits_ptr, row_start, target, V, valid, transform_ptr, CAPPED)
     dtype: tl.constexpr = label_logit.dtype
-    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, BLOCK_N, BLOCK_V)
+    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, transform_ptr, CAPPED, BLOCK_N, BLOCK_V)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
     store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)

@@ -10,6 +10,7 @@ from .rows import (
     gradient_of,
     load_block,
     load_label,
+    load_with_slope,
     margin_of,
     other_classes,
     own_rows,
@@ -25,6 +26,7 @@ from .rows import (
 def fused_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     normalizer_ptr,  # () fp64
@@ -39,6 +41,7 @@ def fused_kernel(
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     UNIT: tl.constexpr,
+    CAPPED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK_V: no loop, which leaves registers for a larger block
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -53,14 +56,14 @@ def fused_kernel(
     row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
     row_start = row * logits_row_stride * UNIT
     out_start = row * dlogits_row_stride * UNIT
-    label_logit = load_label(logits_ptr, row_start, target, V, valid)
+    label_logit = load_label(logits_ptr, row_start, target, V, valid, transform_ptr, CAPPED)
     row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
     row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
     exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
     for block in range(0, blocks):
         cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row_start, cols, V, valid)
+        logits = load_block(logits_ptr, row_start, cols, V, valid, transform_ptr, CAPPED)
         row_max, row_sum, exps = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
@@ -70,10 +73,16 @@ def fused_kernel(
     active = k != 0.0
     exps = tl.where(active[:, None], exps, 0.0)
     last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    store_block(dlogits_ptr, out_start, last, gradient_of(exps, last, target, k, row_sum), V, exists)
+    # Read again for the slope, if there is one, rather than kept in registers beside the exponentials.
+    gradient = gradient_of(exps, last, target, k, row_sum)
+    if transform_ptr is not None:
+        _, slope = load_with_slope(logits_ptr, row_start, last, V, active, transform_ptr, CAPPED)
+        gradient *= slope
+    store_block(dlogits_ptr, out_start, last, gradient, V, exists)
     base = tl.where(active, finite_max(row_max), 0.0)
     for done in range(1, blocks):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
-        others = other_classes(load_block(logits_ptr, row_start, again, V, active), again, target)
-        gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum)
+        logits, slope = load_with_slope(logits_ptr, row_start, again, V, active, transform_ptr, CAPPED)
+        others = other_classes(logits, again, target)
+        gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum) * slope
         store_block(dlogits_ptr, out_start, again, gradient, V, exists)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .numerics import exp
-from .rows import coefficient, finite_max, gradient_of, load_block, other_classes, own_rows, store_block
+from .rows import coefficient, finite_max, gradient_of, load_with_slope, other_classes, own_rows, store_block
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -12,6 +12,7 @@ def gradient_kernel(
     logits_ptr,  # (N, V)
     target_ptr,  # (N,) integers
     rows_ptr,  # (7, N), or (3, N) without totals
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     totals_ptr,  # (3,) fp64, or None: dloss is then the derivative by the margin
     dloss_ptr,  # () or (N,)
     dlogits_ptr,  # (N, V) out; may be the logits themselves
@@ -23,6 +24,7 @@ def gradient_kernel(
     dloss_stride,
     ignore_index,
     SKIP_ONE: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -53,9 +55,10 @@ def gradient_kernel(
     base = tl.where(active, finite_max(row_max), 0.0)
     for start in range(begin, end, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row_start, cols, V, active)
+        logits, slope = load_with_slope(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED)
         exps = exp(other_classes(logits, cols, target) - base[:, None])
-        store_block(dlogits_ptr, out_start, cols, gradient_of(exps, cols, target, k, row_sum), V, exists)
+        gradient = gradient_of(exps, cols, target, k, row_sum) * slope
+        store_block(dlogits_ptr, out_start, cols, gradient, V, exists)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -7,7 +7,7 @@ The derivations are in kernels/README.md.
 import triton
 import triton.language as tl
 
-from .numerics import INF, exp, sigmoids
+from .numerics import INF, exp, sigmoids, tanh_and_slope
 
 
 @triton.jit
@@ -20,23 +20,52 @@ def own_rows(tile, target_ptr, N, ignore_index, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_block(logits_ptr, row_start, cols, V, active):
-    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside."""
-    inside = active[:, None] & (cols < V)[None, :]
-    logits = tl.load(logits_ptr + row_start[:, None] + cols[None, :], mask=inside, other=-INF)
-    if logits.dtype == tl.float64:
-        return logits
+def transformed(raw, transform_ptr, CAPPED: tl.constexpr):
+    """Logits as the loss takes them, and their derivative by the raw ones: z; scale z; or cap tanh(scale z / cap).
+
+    transform_ptr is None, or points to scale and, if CAPPED, cap, in fp64.
+    """
+    if transform_ptr is None:
+        return raw, 1.0
     else:
-        return logits.to(tl.float32)
+        scale = tl.load(transform_ptr).to(raw.dtype)
+        if CAPPED:
+            cap = tl.load(transform_ptr + 1).to(raw.dtype)
+            share, slope = tanh_and_slope(raw * scale / cap)
+            return cap * share, scale * slope
+        else:
+            return raw * scale, scale
 
 
 @triton.jit
-def load_label(logits_ptr, row_start, target, V, active):
+def load_with_slope(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED: tl.constexpr):
+    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype, -inf outside; and their slope."""
+    inside = active[:, None] & (cols < V)[None, :]
+    logits = tl.load(logits_ptr + row_start[:, None] + cols[None, :], mask=inside, other=-INF)
+    if logits.dtype != tl.float64:
+        logits = logits.to(tl.float32)
+    if transform_ptr is None:
+        return logits, 1.0
+    else:
+        logits, slope = transformed(logits, transform_ptr, CAPPED)
+        return tl.where(inside, logits, -INF), slope
+
+
+@triton.jit
+def load_block(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED: tl.constexpr):
+    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside."""
+    logits, _ = load_with_slope(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED)
+    return logits
+
+
+@triton.jit
+def load_label(logits_ptr, row_start, target, V, active, transform_ptr, CAPPED: tl.constexpr):
     """z_y of the active rows; nan where it is +inf or the label is not a class, so that neither can pass unseen."""
     is_class = (target >= 0) & (target < V)
     logit = tl.load(logits_ptr + row_start + target, mask=active & is_class, other=0.0)
     if logit.dtype != tl.float64:
         logit = logit.to(tl.float32)
+    logit, _ = transformed(logit, transform_ptr, CAPPED)
     return tl.where((active & ~is_class) | (logit == INF), float("nan"), logit)
 
 
