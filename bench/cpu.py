@@ -214,30 +214,38 @@ def main() -> None:
 
     cases = [{"shape": shape, "dtype": dtype} for shape in SHAPES for dtype in arguments.dtypes]
     timed = [{**case, "threads": threads, "repeats": arguments.repeats} for threads in arguments.threads for case in cases]
-    found = {
+    options = [f"--{name} {value}" for name, value in (("repeats", arguments.repeats), ("sweep", arguments.sweep)) if value]
+    found: dict = {
         "torch": torch.__version__,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m bench.cpu {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join(["python -m bench.cpu", *options]).replace(" True", ""),
         "repeats": arguments.repeats,
+        "time": {},
+        "memory": [],
     }
-    if arguments.sweep:
-        name = "cpu_blocks"
-        found["sweep"] = [_in_a_process("sweep", case) for case in timed if case["shape"] in SHAPES[:3]]
-        text = sweep_table(found)
-    else:
-        name = "cpu"
-        found["time"] = {
-            allocator: [_in_a_process("time", case, environment) for case in timed]
-            for allocator, environment in ALLOCATORS.items()
-        }
-        found["memory"] = [_in_a_process("memory", case) for case in cases]
-        text = table(found)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (arguments.output / f"{name}.md").write_text(text)
-    print(text)
+    name = "cpu_blocks" if arguments.sweep else "cpu"
+
+    def save() -> None:
+        (arguments.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.output / f"{name}.md").write_text(sweep_table(found) if arguments.sweep else table(found))
+
+    if arguments.sweep:
+        found["sweep"] = []
+        for case in (case for case in timed if case["shape"] in SHAPES[:3]):
+            found["sweep"].append(_in_a_process("sweep", case))
+            save()
+    else:
+        for allocator, environment in ALLOCATORS.items():
+            found["time"][allocator] = []
+            for case in timed:
+                found["time"][allocator].append(_in_a_process("time", case, environment))
+                save()
+        found["memory"] = [_in_a_process("memory", case) for case in cases]
+        save()
+    print((arguments.output / f"{name}.md").read_text())
 
 
 if __name__ == "__main__":

@@ -49,15 +49,15 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
 class TestSpatial:
     @pytest.mark.parametrize("shape", SPATIAL.values(), ids=SPATIAL)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("reduction", ["sum_weight", "none"])
-    def test_equals_the_reference_of_its_rows(self, shape, dtype, reduction):
+    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 3.0}], ids=str)
+    def test_equals_the_reference_of_its_rows(self, shape, dtype, options):
         rows = make(torch.Size(shape).numel() // shape[1], shape[1], dtype, ignored=0.2)
         where = (shape[0], *shape[2:])
         logits = rows.logits.view(*where, shape[1]).movedim(-1, 1).contiguous()
-        output, dlogits = run("cpu", logits, rows.target.view(where), DM, reduction=reduction)
+        output, dlogits = run("cpu", logits, rows.target.view(where), DM, **options)
         assert dlogits.shape == logits.shape
         flat = [value if value.dim() == 0 else value.reshape(-1) for value in output]
-        check(type(output)(*flat), as_rows(dlogits), expected(*rows, DM, reduction=reduction))
+        check(type(output)(*flat), as_rows(dlogits), expected(*rows, DM, **options))
 
     def test_ignored_positions_that_hold_nan(self):
         logits = torch.randn(2, 5, 700)
