@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _cpu, _operators, _validation
 from ._rows import (
@@ -125,9 +126,11 @@ def _terms(problem: Problem, margin: Tensor, weight: Tensor | None) -> RowTerms:
     def of(rows: slice) -> RowTerms:
         return row_terms(margin[rows], valid[rows], None if weight is None else weight[rows], eps, log_weight, loss)
 
-    # A function of the user's is called once, by the thread that called us.
+    # A function of the user's is called once, by the thread that called us. A mode that looks at every torch call, such as a
+    # tracer's, does not see those of other threads.
     in_pieces = margin.device.type == "cpu" and emphasis.family is not None and margin.numel() > _cpu.PIECE_ROWS
-    if in_pieces and not torch.compiler.is_compiling() and not _validation.is_batched(problem.logits):
+    seen = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _validation.is_batched(problem.logits)
+    if in_pieces and not seen:
         return RowTerms(*_cpu.in_pieces(of, margin.numel()))
     return of(slice(None))
 

@@ -156,6 +156,16 @@ class TestThreads:
             dm_loss(*make(101, 90), DM)
         assert torch.get_num_threads() == 2
 
+    @pytest.mark.parametrize("emphasis", [DM, lambda log_p, log_q: 2 * log_q], ids=["built in", "custom"])
+    def test_a_tracer_sees_everything(self, emphasis):
+        """What a mode records of the computation on rows does not depend on the threads, and replays to the same values."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        logits, target = make(200, 30)
+        traced = make_fx(lambda z: dm_loss(z, target, emphasis))(logits)
+        other = make(200, 30, seed=1).logits
+        assert traced(other).item() == dm_loss(other, target, emphasis).item()
+
     def test_inference_mode(self):
         batch = make(101, 90)
         with torch.inference_mode():
