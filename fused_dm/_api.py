@@ -1,12 +1,13 @@
 """The public functions over logits: `dm_loss`, `DMLoss` and `margin`."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import _operators, _validation, edf, reference
+from . import _cpu, _operators, _validation, edf, reference
 from ._loss import Emphasis, Problem, Received, margin_loss, needs_gradient, triton_loss
 
 
@@ -112,6 +113,13 @@ def _rows_of(logits: Tensor) -> Tensor:
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
+def _planes_of(logits: Tensor) -> Tensor:
+    """The logits as the CPU implementation takes them: rows where these lie in memory as such, else (B, V, P) as it is."""
+    if logits.dim() < 3 or not logits.numel() or logits.movedim(1, -1).is_contiguous():
+        return _rows_of(logits)
+    return logits.flatten(2)
+
+
 def _compute(
     logits: Tensor,
     target: Tensor,
@@ -142,7 +150,8 @@ def _compute(
     inplace = inplace and needs_gradient(logits)
     if _validation.validates_labels(first=inplace and impl == "cpu"):
         _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
-    rows = _rows_of(_operators.take(logits) if inplace else logits)
+    shaped = _planes_of if impl == "cpu" else _rows_of
+    rows = shaped(_operators.take(logits) if inplace else logits)
     divisor = _normalizer(normalizer, logits.device)
     if impl == "reference":
         loss, *rest = reference.dm_loss(
@@ -177,7 +186,10 @@ def _compute(
             transform=_transform(softcap, logit_scale, logits.device),
         )
         fused = impl == "triton" and problem.emphasis.family is not None
-        loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
+        # Traced code becomes loops of its own.
+        calm = _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
+        with calm:
+            loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
     if reduction == "none":
         loss = loss.reshape(target.shape)
     if received is None or not return_output:
@@ -532,7 +544,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
     _validation.check_transforms(logits, impl)
-    rows, labels = _rows_of(logits), target.reshape(-1).long()
+    rows, labels = (_planes_of if impl == "cpu" else _rows_of)(logits), target.reshape(-1).long()
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)
     if impl == "reference":

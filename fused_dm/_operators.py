@@ -52,7 +52,7 @@ def margin(
 @margin.register_fake
 def _(logits, target, ignore_index, impl, transform=None):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)
 
 
@@ -225,7 +225,7 @@ def cpu_direction(
 @cpu_direction.register_fake
 def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
@@ -242,7 +242,7 @@ def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int, transform:
 @cpu_direction_.register_fake
 def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 

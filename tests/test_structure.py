@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels" / "fused_dm_kernels"
 EDGES = {
     "__init__": {"edf", "reference", "schedules", "_api", "_environment", "_linear", "_report"},
     "__main__": {"_cli", "_extras"},
-    "_api": {"_loss", "_operators", "_validation", "edf", "reference"},
+    "_api": {"_cpu", "_loss", "_operators", "_validation", "edf", "reference"},
     "_cli": {"_environment", "_extras", "_plot", "edf"},
     "_cpu": {"_rows"},
     "_environment": {"_api", "__version__"},
@@ -21,7 +21,7 @@ EDGES = {
     "_linear": {"_api", "_linear_operators", "_loss", "_operators", "_rows", "_validation", "edf", "reference"},
     "_linear_blocks": {"_cpu", "_rows", "_triton", "edf"},
     "_linear_operators": {"_cpu", "_linear_blocks", "_rows"},
-    "_loss": {"_operators", "_rows", "_validation"},
+    "_loss": {"_cpu", "_operators", "_rows", "_validation"},
     "_operators": {"_cpu", "_rows", "_triton"},
     "_plot": {"_report", "edf"},
     "_report": {"_api", "_extras", "_linear", "_plot"},
