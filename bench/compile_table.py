@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -23,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_dm import _triton as launch
+from fused_dm import _launch
+from fused_dm._launch import H100, Launch, Sizes
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,7 +35,7 @@ TARGETS = {
 }
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 # Loads of a block of logits in the kernel's text, and exponentials an element costs over all passes.
-PASSES = {"margin": 1, "forward": 1, "gradient": 1, "multiply": 1, "fused": 2, "totals": 0}
+PASSES = {"margin": 1, "forward": 1, "split": 1, "batch": 1, "gradient": 1, "multiply": 1, "fused": 2, "totals": 0}
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
 EXP_PER_ROW = 4
 # And those of the EDF: calls of exp, expm1_negative, softplus and log_sum in its log_weight and its f.
@@ -71,14 +73,52 @@ class Case:
     classes: int
     family: str = "dm"
     weighted: bool = False
+    # (N, V, d1, ...) in memory: the positions are adjacent, and so many; 0 for rows whose classes are.
+    positions: int = 0
+    rows: int = 8192
+    # Parts of a row whose statistics the launch combines; 0 where it reads the logits.
+    parts: int = 0
     # Arguments that this launch makes constants: None, 1, a flag. RUN_TIME makes one an argument that is None elsewhere.
     constants: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
-    def config(self) -> dict[str, int]:
+    def sizes(self) -> Sizes:
+        itemsize = ITEMSIZE[self.dtype]
+        if self.positions:
+            return Sizes(self.rows // self.positions, self.positions, self.classes, itemsize, True, self.unit > 1)
+        return Sizes(1, self.rows, self.classes, itemsize, False, self.unit > 1)
+
+    @property
+    def launch(self) -> Launch:
+        """What the package chooses on an H100."""
         if self.kernel == "totals":
-            return {"BLOCK": 1024, "num_warps": 8}
-        return launch.tile(self.classes, ITEMSIZE[self.dtype], keep=self.kernel == "fused")
+            return Launch("tiles", 1, 1024, 8, 1024)
+        if self.parts:
+            return _launch.combining(self.sizes, self.parts)
+        if self.kernel in ("gradient", "multiply"):
+            return _launch.gradient(self.sizes, H100, whole_rows=self.kernel == "multiply")
+        if self.kernel == "fused":
+            chosen = _launch.fused(self.sizes, H100, capped="CAPPED" in self.constants)
+        else:
+            chosen = {"margin": _launch.margin}.get(self.kernel, _launch.forward)(self.sizes, H100)
+        way = {"split": "split", "batch": "alone"}.get(self.kernel, "tiles")
+        if chosen.way != way:
+            raise ValueError(f"{self}: expected a shape that is launched by {way}, got {chosen}")
+        return chosen
+
+    @property
+    def unit(self) -> int:
+        """Elements in 16 bytes, if the adjacent dimension is a multiple of them."""
+        vector = 16 // ITEMSIZE[self.dtype]
+        return vector if (self.positions or self.classes) % vector == 0 else 1
+
+    @property
+    def label(self) -> str:
+        """The shape in the table."""
+        name = f"{self.classes}"
+        if self.positions:
+            name += f" x {self.positions}"
+        return f"{name} / {self.parts}" if self.parts else name
 
 
 @dataclasses.dataclass
@@ -90,7 +130,12 @@ class Row:
     kernel: str
     dtype: str
     family: str
-    classes: int
+    classes: str
+    aligned: bool
+    one_block: bool
+    spatial: bool
+    combines: bool
+    capped: bool
     block_n: int
     block_v: int
     warps: int
@@ -112,42 +157,76 @@ class Row:
             found.append(f"{self.stack} bytes of stack")
         if self.kernel == "totals" or self.dtype == "fp64":
             return found
+        walks = self.kernel == "fused" and not (self.one_block or self.spatial) and self.target.startswith("sm_")
+        if walks and 2 * self.registers * self.warps * 32 <= 65536:
+            # Twice as many rows would be in flight, more than L2 holds.
+            found.append(f"{self.registers} registers leave room for two programs on a multiprocessor")
         vector = 16 // ITEMSIZE[self.dtype]
-        aligned = self.classes % vector == 0
         wide = max(1, self.elements // vector)
         # A row of one block stays in registers: it is read once, exponentiated once and written once.
-        one_block = self.kernel == "fused" and self.classes <= self.block_v
-        passes = 1 if one_block else PASSES[self.kernel]
-        if aligned and self.wide_loads < passes * wide:
-            found.append(f"{self.wide_loads} loads of 128 bits, expected {passes * wide}")
-        stores = {"gradient": 1, "multiply": 1, "fused": passes}.get(self.kernel, 0)
-        if aligned and self.wide_stores < stores * wide:
-            found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
-        rows = max(1, min(self.block_n, self.elements // vector if aligned else self.elements))
-        allowed = passes * self.elements + (EXP_PER_ROW + EXP_OF_FAMILY[self.family]) * rows
+        passes = 1 if self.kernel == "fused" and self.one_block else PASSES[self.kernel]
+        if self.aligned and not self.combines:
+            if self.wide_loads < passes * wide:
+                found.append(f"{self.wide_loads} loads of 128 bits, expected {passes * wide}")
+            stores = {"gradient": 1, "multiply": 1, "fused": passes}.get(self.kernel, 0)
+            if self.wide_stores < stores * wide:
+                found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
+        # Rows that a thread has a part of.
+        rows = max(1, min(self.block_n, self.elements // vector if self.aligned else self.elements))
+        if self.spatial:
+            rows = max(rows, vector)
+        # A softcap takes the exponentials of a tanh; the fused kernel does it once more, for the slope of its last block.
+        per_element = passes + 2 * (passes + (self.kernel == "fused")) if self.capped else passes
+        allowed = per_element * self.elements + (EXP_PER_ROW + EXP_OF_FAMILY[self.family]) * rows
         if self.exps > allowed:
             found.append(f"{self.exps} exponentials for {self.elements} elements, expected at most {allowed}")
         return found
 
 
+# 8 x 21 x 256 x 256, and positions that no vector divides.
+IMAGE = {"positions": 65536, "rows": 8 * 65536}
+ODD_IMAGE = {"positions": 441, "rows": 64 * 441}
 CASES = [
     *(Case(kernel, "bf16", classes) for kernel in ("forward", "gradient") for classes in (16, 256, 1000, 128256, 50257)),
     *(Case("fused", "bf16", classes) for classes in (16, 256, 1000, 8192, 16384, 32000, 128256, 50257)),
     *(Case(kernel, "fp32", classes) for kernel in ("forward", "gradient") for classes in (1000, 128256)),
     *(Case("fused", "fp32", classes) for classes in (1000, 8192, 32000)),
     *(Case(kernel, "bf16", 128256) for kernel in ("margin", "multiply")),
+    *(Case("split", dtype, 10**7, rows=16) for dtype in ("bf16", "fp32")),
+    Case("batch", "bf16", 10**7, rows=16, parts=66),
+    *(Case("batch", dtype, 100, rows=32) for dtype in ("bf16", "fp32")),
+    Case("batch", "bf16", 104, rows=128),
+    *(Case(kernel, "bf16", classes) for kernel in ("forward", "gradient", "fused") for classes in (10, 100, 1001)),
+    *(Case(kernel, "bf16", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),
+    *(Case(kernel, "fp32", 1000, **IMAGE) for kernel in ("forward", "gradient", "fused")),
+    *(Case(kernel, "bf16", 21, **ODD_IMAGE) for kernel in ("forward", "gradient", "fused")),
     Case("totals", "fp32", 0),
 ]
 RUN_TIME = object()
-ONES = dict.fromkeys(("V", "logits_row_stride", "dlogits_row_stride", "dloss_stride", "ignore_index"), 1)
+CAPPED = {"transform_ptr": RUN_TIME, "CAPPED": True}
+ONES = dict.fromkeys(("V", "dloss_stride", "ignore_index", "parts"), 1)
 # Every family, dtype and option compiles; one target shows it.
 VARIANTS = [
     *(Case(kernel, "bf16", 128256, family, weighted=True) for kernel in ("forward", "fused") for family in kernels.FAMILIES),
+    *(Case("batch", "bf16", 100, family, weighted=True, rows=32) for family in ("dm", "cce")),
     *(Case(kernel, dtype, 128256) for kernel in ("forward", "gradient", "fused") for dtype in ("fp16", "fp64")),
-    Case("totals", "fp64", 0, "cce"),
+    *(Case("batch", dtype, 100, rows=32) for dtype in ("fp16", "fp64")),
+    *(Case(kernel, "fp64", classes) for kernel in ("forward", "gradient", "fused") for classes in (100, 101)),
+    Case("batch", "fp64", 10**7, rows=16, parts=66),
+    Case("margin", "fp32", 10**7, rows=1, parts=1056),
+    *(Case(kernel, "fp64", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),
+    *(Case(kernel, "bf16", 21, **IMAGE) for kernel in ("margin", "multiply")),
+    Case("split", "bf16", 10**7, rows=16, positions=16),
     *(Case(kernel, "bf16", 8, constants=ONES) for kernel in ("margin", "forward", "gradient", "multiply", "fused")),
     Case("gradient", "bf16", 128256, constants={"SKIP_ONE": True}),
     Case("gradient", "bf16", 128256, constants={"totals_ptr": None}),
+    Case("gradient", "bf16", 21, constants={"totals_ptr": None}, **IMAGE),
+    Case("gradient", "bf16", 10**7, rows=16, constants={"dloss_ptr": None}),
+    *(Case(kernel, "bf16", 128256, constants=CAPPED) for kernel in ("margin", "forward", "gradient", "fused")),
+    *(Case("fused", dtype, classes, constants=CAPPED) for dtype in ("bf16", "fp32") for classes in (1000, 8192, 32000)),
+    *(Case(kernel, "bf16", 21, constants=CAPPED, **IMAGE) for kernel in ("forward", "gradient", "fused")),
+    Case("batch", "bf16", 100, rows=32, constants=CAPPED),
+    Case("split", "bf16", 10**7, rows=16, constants=CAPPED),
     Case("totals", "fp32", 0, constants={"P": 1}),
     *(Case("totals", "fp32", 0, family, constants={"normalizer_ptr": RUN_TIME}) for family in ("dm", "cce")),
 ]
@@ -158,17 +237,29 @@ def compile_case(case: Case, target: GPUTarget):
     kernel = getattr(kernels, f"{case.kernel}_kernel")
     log_weight, loss = kernels.FAMILIES[case.family]
     compute = "fp64" if case.dtype == "fp64" else "fp32"
-    config = dict(case.config)
-    warps = config.pop("num_warps")
-    vector = 16 // ITEMSIZE[case.dtype]
-    unit = vector if case.classes % vector == 0 else 1
-    constants = {"LOG_WEIGHT": log_weight, "LOSS": loss, "UNIT": unit, "SKIP_ONE": False, **config}
-    constants |= {"transform_ptr": None, "CAPPED": False}
-    constants["ONE_BLOCK"] = case.classes <= config.get("BLOCK_V", 0)
+    launch = case.launch
+    one_block = launch.span == launch.block_v
+    constants = {
+        "LOG_WEIGHT": log_weight,
+        "LOSS": loss,
+        "UNIT": case.unit,
+        "SPATIAL": bool(case.positions),
+        "SKIP_ONE": False,
+        "transform_ptr": None,
+        "CAPPED": False,
+        "STREAM": launch.stream,
+        "ONE_BLOCK": one_block,
+        "PARTS": triton.next_power_of_2(case.parts or 1),
+        "BLOCK_N": launch.block_n,
+        "BLOCK_V": launch.block_v,
+        "BLOCK": launch.block_v,
+    }
     if not case.weighted:
         constants["weight_ptr"] = None
-    if case.kernel == "totals":
+    if case.kernel in ("totals", "batch"):
         constants["normalizer_ptr"] = None
+    if not case.parts:
+        constants |= {"parts_ptr": None, "parts": 1} if case.kernel != "split" else {}
     constants.update(case.constants)
     types = {
         "logits_ptr": f"*{case.dtype}",
@@ -178,16 +269,25 @@ def compile_case(case: Case, target: GPUTarget):
         "transform_ptr": "*fp64",
         "totals_ptr": "*fp64",
         "normalizer_ptr": "*fp64",
-        **dict.fromkeys(("weight_ptr", "rows_ptr", "partials_ptr", "margin_ptr", "dloss_ptr", "loss_ptr"), f"*{compute}"),
+        **dict.fromkeys(
+            ("weight_ptr", "rows_ptr", "parts_ptr", "partials_ptr", "margin_ptr", "dloss_ptr", "loss_ptr"), f"*{compute}"
+        ),
     }
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names and value is not RUN_TIME}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    signature: dict[str, object] = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    constexprs: dict[tuple[int, ...], object] = {(names.index(name),): value for name, value in constants.items()}
+    # The stride of the adjacent dimension is 1, which a launch makes a constant.
+    for name in ("logits_strides", "dlogits_strides"):
+        if name in names:
+            adjacent = 1 if case.positions else 2
+            signature[name] = tuple("constexpr" if i == adjacent else "i32" for i in range(3))
+            constexprs[names.index(name), adjacent] = 1
     # A stride that is a multiple of 16 units is left to chance: what holds without it holds with it.
     divisible = [name for name in names if name in types and name not in constants] + (["SPAN"] if "SPAN" in names else [])
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": launch.num_warps, "enable_fp_fusion": True})
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -250,22 +350,35 @@ def _read_amd(compiled) -> dict[str, int]:
 def measure(case: Case, name: str) -> Row:
     target = TARGETS[name]
     compiled = compile_case(case, target)
-    config = case.config
-    threads = config["num_warps"] * target.warp_size
+    launch = case.launch
+    threads = launch.num_warps * target.warp_size
+    columns = triton.next_power_of_2(case.parts) if case.parts else launch.block_v
     return Row(
         triton=triton.__version__,
         target=name,
         kernel=case.kernel,
         dtype=case.dtype,
         family=case.family,
-        classes=case.classes,
-        block_n=config.get("BLOCK_N", 1),
-        block_v=config.get("BLOCK_V", config.get("BLOCK", 0)),
-        warps=config["num_warps"],
+        classes=case.label,
+        aligned=case.unit > 1,
+        one_block=launch.span == launch.block_v,
+        spatial=bool(case.positions),
+        combines=bool(case.parts),
+        capped="CAPPED" in case.constants,
+        block_n=launch.block_n,
+        block_v=columns,
+        warps=launch.num_warps,
         shared=compiled.metadata.shared,
-        elements=math.ceil(config.get("BLOCK_N", 1) * config.get("BLOCK_V", 0) / threads),
+        elements=math.ceil(launch.block_n * columns / threads),
         **(_read_amd if target.backend == "hip" else _read_nvidia)(compiled),
     )
+
+
+PAIRS = [(case, target) for target in TARGETS for case in CASES] + [(case, "sm_90") for case in VARIANTS]
+
+
+def _measure_number(number: int) -> Row:
+    return measure(*PAIRS[number])
 
 
 def table(rows: list[Row]) -> str:
@@ -299,12 +412,18 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--target", default="", help="targets whose name contains this")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
-    rows = [measure(case, target) for target in TARGETS for case in CASES]
-    rows += [measure(case, "sm_90") for case in VARIANTS]
+    wanted = [
+        number for number, (case, target) in enumerate(PAIRS) if arguments.only in case.kernel and arguments.target in target
+    ]
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        rows = list(pool.map(_measure_number, wanted))
     print(f"Triton {triton.__version__}; per thread: registers, bytes of stack, accesses, exponentials and elements of a block")
     print(table(rows))
     broken = [(row, found) for row in rows if (found := row.violations())]

@@ -104,20 +104,20 @@ def _emphasis(emphasis: edf.EDF | Callable, params: Tensor) -> Emphasis:
     return Emphasis(None, params, _custom(emphasis), None)
 
 
-def _rows_of(logits: Tensor) -> Tensor:
-    """(N * d1 * ... * dk, V): a view where there are no spatial dimensions, else a copy."""
+def _rows_of(logits: Tensor, impl: str) -> Tensor:
+    """(N, V), or (N, V, d1 * ... * dk) where the implementation reads that in place.
+
+    The kernels do; the CPU implementation does where the classes are not the innermost. A view, but where the spatial
+    dimensions are no single one in memory, and for the reference where the classes are not the innermost.
+    """
     if logits.dim() == 1:
         return logits.unsqueeze(0)
     if logits.dim() == 2:
         return logits
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
-
-
-def _planes_of(logits: Tensor) -> Tensor:
-    """The logits as the CPU implementation takes them: rows where these lie in memory as such, else (B, V, P) as it is."""
-    if logits.dim() < 3 or not logits.numel() or logits.movedim(1, -1).is_contiguous():
-        return _rows_of(logits)
-    return logits.flatten(2)
+    rows = logits.movedim(1, -1)
+    if logits.numel() and (impl == "triton" or (impl == "cpu" and not rows.is_contiguous())):
+        return logits.flatten(2)
+    return rows.reshape(-1, logits.shape[1])
 
 
 def _compute(
@@ -150,8 +150,7 @@ def _compute(
     inplace = inplace and needs_gradient(logits)
     if _validation.validates_labels(first=inplace and impl == "cpu"):
         _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
-    shaped = _planes_of if impl == "cpu" else _rows_of
-    rows = shaped(_operators.take(logits) if inplace else logits)
+    rows = _rows_of(_operators.take(logits) if inplace else logits, impl)
     divisor = _normalizer(normalizer, logits.device)
     if impl == "reference":
         loss, *rest = reference.dm_loss(
@@ -319,7 +318,8 @@ def dm_loss(
             later use is an error (but in compiled code, which cannot be told), as is one through an earlier operation that
             kept them, such as a tanh that made them; a plain read (`logits.argmax(1)`) cannot be noticed, and finds
             gradients. Nothing is overwritten where no gradient is wanted. The logits must have been computed: not a leaf
-            tensor or a view of one, not expanded or overlapping, classes adjacent in memory.
+            tensor or a view of one, not expanded or overlapping; on a CPU with classes adjacent in memory, elsewhere with
+            spatial dimensions that are one in memory, as those of a whole image are.
         return_output: return DMOutput, with what each example received, instead of the loss alone.
         label_smoothing: must be 0; accepted for the sake of `cross_entropy`'s signature.
         impl: None for Triton kernels on a GPU tensor, the CPU implementation on a CPU tensor, and eager torch elsewhere;
@@ -544,7 +544,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
     _validation.check_transforms(logits, impl)
-    rows, labels = (_planes_of if impl == "cpu" else _rows_of)(logits), target.reshape(-1).long()
+    rows, labels = _rows_of(logits, impl), target.reshape(-1).long()
     if _validation.validates_labels():
         _validation.check_labels(labels, rows.shape[1], ignore_index)
     if impl == "reference":

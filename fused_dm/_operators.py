@@ -44,7 +44,7 @@ def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
 def margin(
     logits: Tensor, target: Tensor, ignore_index: int, impl: str, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Margins (N,) and row statistics (3, N) of logits (N, V)."""
+    """Margins (N,) and row statistics (3, N) of logits (N, V); for Triton kernels also (images, V, D), N = images * D."""
     implementation = _triton() if impl == "triton" else _cpu
     return implementation.margin(logits, target, ignore_index, transform)
 
@@ -74,7 +74,7 @@ def margin_gradient(
 
 @margin_gradient.register_fake
 def _(logits, target, statistics, dmargin, ignore_index, impl, transform=None):
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits) if impl == "triton" else logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("fused_dm::margin_gradient2_", mutates_args={"logits"})
@@ -95,11 +95,15 @@ def margin_gradient_(
 
 
 def _margin_setup(ctx, inputs, output) -> None:
+    # Else the statistics, which have no derivative, would be given one of zeros: a launch.
+    ctx.set_materialize_grads(False)
     logits, target, ctx.ignore_index, ctx.impl, transform = inputs
     ctx.save_for_backward(logits, target, output[1], transform)
 
 
 def _margin_backward(ctx, dmargin, _):
+    if dmargin is None:
+        return None, None, None, None, None
     logits, target, statistics, transform = ctx.saved_tensors
     dlogits = margin_gradient(logits, target, statistics, dmargin, ctx.ignore_index, ctx.impl, transform)
     return dlogits, None, None, None, None
@@ -300,7 +304,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
     )
 
@@ -321,7 +325,7 @@ def triton_gradient(
 
 @triton_gradient.register_fake
 def _(logits, target, rows, totals, dloss, ignore_index, transform=None):
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits)
 
 
 @torch.library.custom_op("fused_dm::triton_gradient2_", mutates_args={"logits"})
@@ -339,11 +343,14 @@ def triton_gradient_(
 
 
 def _triton_loss_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     logits, target, _, _, _, _, ctx.ignore_index, transform = inputs
     ctx.save_for_backward(logits, target, output[1], output[2], transform)
 
 
 def _triton_loss_backward(ctx, dloss, _, __):
+    if dloss is None:
+        return None, None, None, None, None, None, None, None
     logits, target, rows, totals, transform = ctx.saved_tensors
     dlogits = triton_gradient(logits, target, rows, totals, dloss, ctx.ignore_index, transform)
     return dlogits, None, None, None, None, None, None, None
@@ -408,7 +415,7 @@ def triton_fused(
     transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = torch.empty_like(logits)
     found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, dlogits, transform)
     return *found, dlogits
 
@@ -418,9 +425,9 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
-        logits.new_empty(logits.shape),
+        torch.empty_like(logits),
     )
 
 
@@ -444,7 +451,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty((7, logits.shape[0]), dtype=dtype),
+        logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
     )
 

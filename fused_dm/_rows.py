@@ -31,6 +31,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def part_statistics(part: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of exp(z - max), (N,) each, over the classes of a part (N, V'); -inf and 0 without a finite logit."""
+    row_max = part.amax(1)
+    return row_max, torch.exp(part - torch.where(row_max == -math.inf, 0, row_max)[:, None]).sum(1)
+
+
+def rescaled(row_sum: Tensor, row_max: Tensor, joint: Tensor) -> Tensor:
+    """Sums of exp(z - row_max) as sums of exp(z - joint), for a joint maximum that is at least row_max."""
+    return row_sum * torch.exp(row_max - torch.where(joint == -math.inf, 0, joint))
+
+
+def combine_statistics(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of rows, (N,) each, from those of their parts, (parts, N): what `combine` of the kernels does.
+
+    Over ranks that hold parts of the classes, the two reductions are an all-reduce each.
+    """
+    joint = maxima.amax(0)
+    return joint, rescaled(sums, maxima, joint).sum(0)
+
+
 def row_weight(
     weight: Tensor | None, sample_weight: Tensor | None, target: Tensor, valid: Tensor, dtype: torch.dtype
 ) -> Tensor | None:

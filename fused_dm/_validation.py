@@ -1,6 +1,7 @@
 """Checks of the arguments, before anything is computed. They read shapes, dtypes and devices, never the data."""
 
 import importlib.util
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -284,6 +285,9 @@ def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
         raise ValueError(
             "inplace=True: expected logits that were computed, got a view of a leaf tensor, whose data would be lost"
         )
+    if impl == "triton":
+        _check_overwritable_in_place(logits)
+        return
     rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         raise ValueError(f"inplace=True: expected logits whose classes are adjacent in memory, got strides {logits.stride()}")
@@ -296,6 +300,24 @@ def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
         raise ValueError(
             f"inplace=True: expected rows that do not overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
         )
+
+
+def _check_overwritable_in_place(logits: Tensor) -> None:
+    """For kernels, which write at any strides that the rows of an image have in common."""
+    spatial = [(size, stride) for size, stride in zip(logits.shape[2:], logits.stride()[2:], strict=True) if size != 1]
+    if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(spatial)):
+        raise ValueError(
+            "inplace=True: expected spatial dimensions that are one in memory, d1 * ... * dk positions equally far apart, got "
+            f"strides {logits.stride()} for shape {tuple(logits.shape)}"
+        )
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(logits.shape, logits.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"inplace=True: expected rows that do not overlap, got strides {logits.stride()} for shape "
+                f"{tuple(logits.shape)}"
+            )
+        reach += stride * (size - 1)
 
 
 def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:

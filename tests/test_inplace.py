@@ -123,30 +123,64 @@ def view_of_a_leaf():
     return torch.zeros(4, 5, requires_grad=True)[:, 1:]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+EVERYWHERE = ("cpu", "triton")
+
+
 @pytest.mark.parametrize(
-    ("make_logits", "message"),
+    ("make_logits", "message", "impls"),
     [
-        (lambda: torch.zeros(4, 5, requires_grad=True), "expected logits that were computed, got a leaf tensor"),
-        (view_of_a_leaf, "expected logits that were computed, got a view of a leaf tensor"),
-        (lambda: torch.zeros(5, requires_grad=True).mul(1).expand(4, 5), r"rows that do not overlap, got strides \(0, 1\)"),
-        (lambda: torch.zeros(9, requires_grad=True).mul(1).unfold(0, 6, 1), r"rows that do not overlap, got strides \(1, 1\)"),
-        (lambda: torch.zeros(4, 1, requires_grad=True).mul(1).expand(4, 5), r"classes are adjacent in memory, got strides"),
-        (lambda: torch.zeros(5, 4, requires_grad=True).mul(1).t(), r"classes are adjacent in memory, got strides \(1, 4\)"),
-        (lambda: torch.zeros(4, 5, 3, requires_grad=True).mul(1), r"classes are adjacent in memory, got strides \(15, 3, 1\)"),
+        (lambda: torch.zeros(4, 5, requires_grad=True), "expected logits that were computed, got a leaf tensor", EVERYWHERE),
+        (view_of_a_leaf, "expected logits that were computed, got a view of a leaf tensor", EVERYWHERE),
+        (
+            lambda: torch.zeros(5, requires_grad=True).mul(1).expand(4, 5),
+            r"rows that do not overlap, got strides \(0, 1\)",
+            EVERYWHERE,
+        ),
+        (
+            lambda: torch.zeros(9, requires_grad=True).mul(1).unfold(0, 6, 1),
+            r"rows that do not overlap, got strides \(1, 1\)",
+            EVERYWHERE,
+        ),
+        (
+            lambda: torch.zeros(4, 1, requires_grad=True).mul(1).expand(4, 5),
+            r"classes are adjacent in memory, got strides",
+            ["cpu"],
+        ),
+        (
+            lambda: torch.zeros(5, 4, requires_grad=True).mul(1).t(),
+            r"classes are adjacent in memory, got strides \(1, 4\)",
+            ["cpu"],
+        ),
+        (
+            lambda: torch.zeros(4, 5, 3, requires_grad=True).mul(1),
+            r"classes are adjacent in memory, got strides \(15, 3, 1\)",
+            ["cpu"],
+        ),
         (
             lambda: torch.zeros(4, 6, 5, requires_grad=True).mul(1).movedim(-1, 1)[:, :, ::2],
             r"channels-last layout.*got strides \(30, 1, 10\) for shape \(4, 5, 3\)",
+            ["cpu"],
+        ),
+        (
+            lambda: torch.zeros(4, 1, requires_grad=True).mul(1).expand(4, 5),
+            r"rows that do not overlap, got strides \(1, 0\)",
+            ["triton"],
+        ),
+        (
+            lambda: torch.zeros(2, 5, 3, 4, requires_grad=True).mul(1)[..., 1:],
+            r"spatial dimensions that are one in memory.*got strides \(60, 12, 4, 1\) for shape \(2, 5, 3, 3\)",
+            ["triton"],
         ),
     ],
 )
-def test_logits_that_cannot_be_overwritten(impl, make_logits, message):
-    logits = make_logits()
-    before = logits.detach().clone()
-    target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"inplace=True: .*" + message):
-        dm_loss(logits, target, DM, impl=impl, inplace=True)
-    assert torch.equal(logits.detach(), before)
+def test_logits_that_cannot_be_overwritten(make_logits, message, impls):
+    for impl in impls:
+        logits = make_logits()
+        before = logits.detach().clone()
+        target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"inplace=True: .*" + message):
+            dm_loss(logits, target, DM, impl=impl, inplace=True)
+        assert torch.equal(logits.detach(), before)
 
 
 def test_wrong_arguments():

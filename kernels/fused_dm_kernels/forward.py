@@ -4,12 +4,19 @@ import triton
 import triton.language as tl
 
 from .numerics import INF
+from .reduction import fold, store_totals
 from .rows import (
+    batch_sums,
+    class_offsets,
+    combined_parts,
+    in_words,
     load_block,
     load_label,
     margin_of,
     other_classes,
-    own_rows,
+    own_labels,
+    own_positions,
+    row_starts,
     row_terms,
     scan_block,
     store_partials,
@@ -20,50 +27,176 @@ from .rows import (
 @triton.jit
 def row_statistics(
     logits_ptr,
-    row_start,
+    start,
     target,
+    begin,
+    end,
     V,
     active,
+    read,
+    strides,
     dtype,
     transform_ptr,
     CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Maximum and sum of exp(z - max) over the classes other than the label, in one pass."""
+    """Maximum and sum of exp(z - max) over the classes from begin to end other than the label, in one pass."""
     row_max = tl.full([BLOCK_N], -INF, dtype)
     row_sum = tl.zeros([BLOCK_N], dtype)
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED)
+    for first in range(begin, end, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
+        offset = class_offsets(cols, strides, UNIT, SPATIAL)
+        logits = load_block(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, "")
         row_max, row_sum, _ = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     return row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["N"])
-def margin_kernel(
-    logits_ptr,  # (N, V)
+@triton.jit
+def own_statistics(
+    logits_ptr,
+    target_ptr,
+    parts_ptr,
+    tile,
+    N,
+    V,
+    D,
+    parts,
+    strides,
+    ignore_index,
+    dtype,
+    transform_ptr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Row numbers, whether they exist and are examples, and their label's logit, maximum and sum.
+
+    The last two are read from the logits, or combined from those of their parts where `parts_ptr` is given.
+    """
+    image, position, exists = own_positions(tile, D, BLOCK_N)
+    row = image * D + position
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    start = row_starts(image, position, strides, UNIT, SPATIAL)
+    label_offset = class_offsets(target, strides, UNIT, SPATIAL)
+    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+    if parts_ptr is None:
+        read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
+        row_max, row_sum = row_statistics(
+            logits_ptr,
+            start,
+            target,
+            0,
+            V,
+            V,
+            valid,
+            read,
+            strides,
+            dtype,
+            transform_ptr,
+            CAPPED,
+            UNIT,
+            SPATIAL,
+            BLOCK_N,
+            BLOCK_V,
+        )
+    else:
+        row_max, row_sum = combined_parts(parts_ptr, row, exists, N, parts, PARTS)
+    return row, exists, valid, label_logit, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["N", "D"])
+def split_kernel(
+    logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
+    parts_ptr,  # (2, parts, N) out: max, sum
+    N,
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    SPAN,  # classes of a part, a multiple of BLOCK_V
+    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    ignore_index,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A program owns BLOCK_N rows by SPAN classes and writes the rows' statistics over those."""
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
+    parts = tl.cdiv(V, SPAN)
+    part = tl.program_id(0) % parts
+    image, position, exists = own_positions(tl.program_id(0) // parts, D, BLOCK_N)
+    row = image * D + position
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    start = row_starts(image, position, logits_strides, UNIT, SPATIAL)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
+    begin, end = part * SPAN, tl.minimum(part * SPAN + SPAN, V)
+    dtype: tl.constexpr = parts_ptr.dtype.element_ty
+    row_max, row_sum = row_statistics(
+        logits_ptr,
+        start,
+        target,
+        begin,
+        end,
+        V,
+        valid,
+        read,
+        logits_strides,
+        dtype,
+        transform_ptr,
+        CAPPED,
+        UNIT,
+        SPATIAL,
+        BLOCK_N,
+        BLOCK_V,
+    )
+    N = N.to(tl.int64)
+    tl.store(parts_ptr + part * N + row, row_max, mask=exists)
+    tl.store(parts_ptr + (parts + part) * N + row, row_sum, mask=exists)
+
+
+@triton.jit(do_not_specialize=["N", "D"])
+def margin_kernel(
+    logits_ptr,  # (images, V, D)
+    target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
+    parts_ptr,  # (2, parts, N) of the split kernel, or None
     rows_ptr,  # (3, N) out: max, sum, lead
     margin_ptr,  # (N,) out
     N,
-    V,  # in units of UNIT
-    logits_row_stride,  # in units of UNIT
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    parts,
+    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
     ignore_index,
-    UNIT: tl.constexpr,
     CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of 2, at least parts
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their margin and statistics; an ignored row has margin nan."""
-    V *= UNIT
-    row, exists, target, valid = own_rows(tl.program_id(0), target_ptr, N, ignore_index, BLOCK_N)
-    # 64-bit from the row on: a stride alone may be 2^31 elements.
-    row_start = row * logits_row_stride * UNIT
-    label_logit = load_label(logits_ptr, row_start, target, V, valid, transform_ptr, CAPPED)
-    dtype: tl.constexpr = label_logit.dtype
-    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, transform_ptr, CAPPED, BLOCK_N, BLOCK_V)
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
+    tile = tl.program_id(0)
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    row, exists, valid, label_logit, row_max, row_sum = own_statistics(
+        logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
+        UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V,
+    )  # fmt: skip
     lead, margin = margin_of(label_logit, row_max, row_sum)
     tl.store(rows_ptr + row, row_max, mask=exists)
     tl.store(rows_ptr + row + N, row_sum, mask=exists)
@@ -71,9 +204,9 @@ def margin_kernel(
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")), mask=exists)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "D"])
 def forward_kernel(
-    logits_ptr,  # (N, V)
+    logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
@@ -81,25 +214,99 @@ def forward_kernel(
     rows_ptr,  # (7, N) out
     partials_ptr,  # (3, programs) out
     N,
-    V,  # in units of UNIT
-    logits_row_stride,  # in units of UNIT
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
-    UNIT: tl.constexpr,
     CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their numbers and its share of the batch sums."""
-    V *= UNIT
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
     tile = tl.program_id(0)
-    row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
-    row_start = row * logits_row_stride * UNIT
-    label_logit = load_label(logits_ptr, row_start, target, V, valid, transform_ptr, CAPPED)
-    dtype: tl.constexpr = label_logit.dtype
-    row_max, row_sum = row_statistics(logits_ptr, row_start, target, V, valid, dtype, transform_ptr, CAPPED, BLOCK_N, BLOCK_V)
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    row, exists, valid, label_logit, row_max, row_sum = own_statistics(
+        logits_ptr,
+        target_ptr,
+        None,
+        tile,
+        N,
+        V,
+        D,
+        1,
+        logits_strides,
+        ignore_index,
+        dtype,
+        transform_ptr,
+        CAPPED,
+        UNIT,
+        SPATIAL,
+        1,
+        BLOCK_N,
+        BLOCK_V,
+    )
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
     store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
+
+
+@triton.jit(do_not_specialize=["N", "D"])
+def batch_kernel(
+    logits_ptr,  # (images, V, D)
+    target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
+    weight_ptr,  # (N,) or None
+    params_ptr,  # (1 + parameters,) fp64: eps, then the family's
+    parts_ptr,  # (2, parts, N) of the split kernel, or None
+    normalizer_ptr,  # () fp64, or None: the sum of weights
+    rows_ptr,  # (7, N) out
+    loss_ptr,  # () out
+    totals_ptr,  # (3,) out, fp64: log_scale, divisor, sum of weights
+    N,
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    tiles,
+    parts,
+    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    ignore_index,
+    LOG_WEIGHT: tl.constexpr,
+    LOSS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of 2, at least parts
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program owns the batch, tile after tile: it writes the rows' numbers, the loss and the totals.
+
+    For small batches, and for few rows whose statistics other programs have found in parts.
+    """
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    top = tl.full([], -INF, tl.float64)
+    weights = tl.zeros([], tl.float64)
+    values = tl.zeros([], tl.float64)
+    for tile in tl.range(0, tiles, num_stages=1):
+        row, exists, valid, label_logit, row_max, row_sum = own_statistics(
+            logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
+            UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V,
+        )  # fmt: skip
+        lead, margin = margin_of(label_logit, row_max, row_sum)
+        log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
+        store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
+        more_top, more_weights, more_values = batch_sums(log_weight, sign, value, LOSS)
+        top, weights, values = fold(top, weights, values, more_top, more_weights, more_values, LOSS)
+    store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)

@@ -5,15 +5,20 @@ import triton.language as tl
 
 from .numerics import INF, exp
 from .rows import (
+    class_offsets,
     coefficient,
     finite_max,
     gradient_of,
+    in_words,
+    in_words_again,
     load_block,
     load_label,
     load_with_slope,
     margin_of,
     other_classes,
-    own_rows,
+    own_labels,
+    own_positions,
+    row_starts,
     row_terms,
     scan_block,
     store_block,
@@ -22,9 +27,9 @@ from .rows import (
 )
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "D"])
 def fused_kernel(
-    logits_ptr,  # (N, V)
+    logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     weight_ptr,  # (N,) or None
@@ -32,16 +37,18 @@ def fused_kernel(
     normalizer_ptr,  # () fp64
     rows_ptr,  # (7, N) out
     partials_ptr,  # (3, programs) out
-    dlogits_ptr,  # (N, V) out; may be the logits themselves
+    dlogits_ptr,  # (images, V, D) out; may be the logits themselves
     N,
-    V,  # in units of UNIT
-    logits_row_stride,  # in units of UNIT
-    dlogits_row_stride,  # in units of UNIT
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    dlogits_strides,  # likewise
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
-    UNIT: tl.constexpr,
     CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK_V: no loop, which leaves registers for a larger block
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -51,19 +58,30 @@ def fused_kernel(
     The last block read stays in registers; the others are read again from the last to the first, the most recently
     used first. A row of at most BLOCK_V classes is read once.
     """
-    V *= UNIT
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
+    # What is read again stays in L2; what has been read again, and the gradient, leave it first.
+    KEEP: tl.constexpr = "" if ONE_BLOCK else "evict_last"
+    DROP: tl.constexpr = "" if ONE_BLOCK else "evict_first"
     tile = tl.program_id(0)
-    row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
-    row_start = row * logits_row_stride * UNIT
-    out_start = row * dlogits_row_stride * UNIT
-    label_logit = load_label(logits_ptr, row_start, target, V, valid, transform_ptr, CAPPED)
+    image, position, exists = own_positions(tile, D, BLOCK_N)
+    row = image * D + position
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    start = row_starts(image, position, logits_strides, UNIT, SPATIAL)
+    out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
+    label_offset = class_offsets(target, logits_strides, UNIT, SPATIAL)
+    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
     row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
     row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
     exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
     for block in range(0, blocks):
         cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits = load_block(logits_ptr, row_start, cols, V, valid, transform_ptr, CAPPED)
+        offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
+        logits = load_block(logits_ptr, start, offset, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL, KEEP)
         row_max, row_sum, exps = scan_block(other_classes(logits, cols, target), row_max, row_sum)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
@@ -71,18 +89,23 @@ def fused_kernel(
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
     active = k != 0.0
+    read = in_words_again(read, active, UNIT, SPATIAL)
     exps = tl.where(active[:, None], exps, 0.0)
     last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    # Read again for the slope, if there is one, rather than kept in registers beside the exponentials.
     gradient = gradient_of(exps, last, target, k, row_sum)
     if transform_ptr is not None:
-        _, slope = load_with_slope(logits_ptr, row_start, last, V, active, transform_ptr, CAPPED)
+        # Read again for the slope rather than kept in registers beside the exponentials.
+        offset = class_offsets(last, logits_strides, UNIT, SPATIAL)
+        _, slope = load_with_slope(logits_ptr, start, offset, last, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
         gradient *= slope
-    store_block(dlogits_ptr, out_start, last, gradient, V, exists)
+    offset = class_offsets(last, dlogits_strides, UNIT, SPATIAL)
+    store_block(dlogits_ptr, out_start, offset, last, gradient, V, exists, DROP)
     base = tl.where(active, finite_max(row_max), 0.0)
     for done in range(1, blocks):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits, slope = load_with_slope(logits_ptr, row_start, again, V, active, transform_ptr, CAPPED)
-        others = other_classes(logits, again, target)
-        gradient = gradient_of(exp(others - base[:, None]), again, target, k, row_sum) * slope
-        store_block(dlogits_ptr, out_start, again, gradient, V, exists)
+        offset = class_offsets(again, logits_strides, UNIT, SPATIAL)
+        logits, slope = load_with_slope(logits_ptr, start, offset, again, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
+        exps = exp(other_classes(logits, again, target) - base[:, None])
+        gradient = gradient_of(exps, again, target, k, row_sum) * slope
+        offset = class_offsets(again, dlogits_strides, UNIT, SPATIAL)
+        store_block(dlogits_ptr, out_start, offset, again, gradient, V, exists, DROP)

@@ -4,88 +4,128 @@ import triton
 import triton.language as tl
 
 from .numerics import exp
-from .rows import coefficient, finite_max, gradient_of, load_with_slope, other_classes, own_rows, store_block
+from .rows import (
+    class_offsets,
+    coefficient,
+    finite_max,
+    gradient_of,
+    in_words,
+    in_words_again,
+    load_with_slope,
+    other_classes,
+    own_labels,
+    own_positions,
+    row_starts,
+    store_block,
+)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "D"])
 def gradient_kernel(
-    logits_ptr,  # (N, V)
+    logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     rows_ptr,  # (7, N), or (3, N) without totals
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     totals_ptr,  # (3,) fp64, or None: dloss is then the derivative by the margin
-    dloss_ptr,  # () or (N,)
-    dlogits_ptr,  # (N, V) out; may be the logits themselves
+    dloss_ptr,  # () or (N,), or None: 1
+    dlogits_ptr,  # (images, V, D) out; may be the logits themselves
     N,
-    V,  # in units of UNIT
-    SPAN,  # columns a program covers, a multiple of BLOCK_V
-    logits_row_stride,  # in units of UNIT
-    dlogits_row_stride,  # in units of UNIT
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    SPAN,  # classes that a program covers, a multiple of BLOCK_V
+    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    dlogits_strides,  # likewise
     dloss_stride,
     ignore_index,
     SKIP_ONE: tl.constexpr,
+    STREAM: tl.constexpr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows by SPAN columns of dlogits; with SKIP_ONE it writes nothing where dloss is 1."""
-    V *= UNIT
+    """A program owns BLOCK_N rows by SPAN classes of dlogits; with SKIP_ONE it writes nothing where dloss is 1.
+
+    The first program has the last rows: the pass before this one read them last, and they may still be in L2. With STREAM
+    the logits and their gradient are more than that holds, and are not kept there.
+    """
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
+    DROP: tl.constexpr = "evict_first" if STREAM else ""
     spans = tl.cdiv(V, SPAN)
-    tile = tl.program_id(0) // spans
-    begin = (tl.program_id(0) % spans) * SPAN
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    begin = (program % spans) * SPAN
     end = tl.minimum(begin + SPAN, V)
-    row, exists, target, valid = own_rows(tile, target_ptr, N, ignore_index, BLOCK_N)
-    row_start = row * logits_row_stride * UNIT
-    out_start = row * dlogits_row_stride * UNIT
+    image, position, exists = own_positions(program // spans, D, BLOCK_N)
+    row = image * D + position
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    start = row_starts(image, position, logits_strides, UNIT, SPATIAL)
+    out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
     row_max = tl.load(rows_ptr + row, mask=exists, other=0.0)
     row_sum = tl.load(rows_ptr + row + N, mask=exists, other=0.0)
-    dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
+    if dloss_ptr is None:
+        dloss = tl.full([BLOCK_N], 1.0, row_sum.dtype)
+    else:
+        dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
     if SKIP_ONE:
         end = tl.where(tl.load(dloss_ptr) == 1.0, begin, end)
     if totals_ptr is None:
         k = tl.where(valid & (row_sum != 0.0), -dloss, 0.0)
+        read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
     else:
         log_weight = tl.load(rows_ptr + row + 3 * N.to(tl.int64), mask=exists, other=0.0)
-        unit = tl.load(rows_ptr + row + 4 * N.to(tl.int64), mask=exists, other=0.0)
+        units_ptr = rows_ptr + 4 * N.to(tl.int64)
+        unit = tl.load(units_ptr + row, mask=exists, other=0.0)
         log_scale = tl.load(totals_ptr).to(row_sum.dtype)
         divisor = tl.load(totals_ptr + 1).to(row_sum.dtype)
         k = coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor)
+        # Their bits: the compiler follows what is the same for all rows of 16 bytes through comparisons of integers only.
+        bits: tl.constexpr = tl.pointer_type(tl.int64 if unit.dtype == tl.float64 else tl.int32)
+        read = in_words(unit != 0.0, units_ptr.to(bits, bitcast=True), row, exists, 0, UNIT, SPATIAL)
     active = valid & (k != 0.0)
+    read = in_words_again(read, active, UNIT, SPATIAL)
     base = tl.where(active, finite_max(row_max), 0.0)
-    for start in range(begin, end, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        logits, slope = load_with_slope(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED)
+    for first in range(begin, end, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
+        offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
+        logits, slope = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
         exps = exp(other_classes(logits, cols, target) - base[:, None])
+        offset = class_offsets(cols, dlogits_strides, UNIT, SPATIAL)
         gradient = gradient_of(exps, cols, target, k, row_sum) * slope
-        store_block(dlogits_ptr, out_start, cols, gradient, V, exists)
+        store_block(dlogits_ptr, out_start, offset, cols, gradient, V, exists, DROP)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["D"])
 def multiply_kernel(
-    dlogits_ptr,  # (N, V) in and out
+    dlogits_ptr,  # (images, V, D) in and out
     dloss_ptr,  # ()
-    N,
-    V,  # in units of UNIT
-    SPAN,  # columns a program covers, a multiple of BLOCK_V
-    dlogits_row_stride,  # in units of UNIT
+    V,  # in units of UNIT unless SPATIAL
+    D,  # positions of an image, in units of UNIT if SPATIAL
+    SPAN,  # classes that a program covers, a multiple of BLOCK_V
+    dlogits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
     UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows by SPAN columns of dlogits and multiplies them by dloss; it does nothing where that is 1."""
-    V *= UNIT
+    """A program owns BLOCK_N rows by SPAN classes of dlogits and multiplies them by dloss; it does nothing where that is 1."""
+    if SPATIAL:
+        D *= UNIT
+    else:
+        V *= UNIT
     spans = tl.cdiv(V, SPAN)
     begin = (tl.program_id(0) % spans) * SPAN
-    row = (tl.program_id(0) // spans).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = row < N
-    row_start = row * dlogits_row_stride * UNIT
+    image, position, exists = own_positions(tl.program_id(0) // spans, D, BLOCK_N)
+    start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
     dloss = tl.load(dloss_ptr)
     end = tl.where(dloss == 1.0, begin, tl.minimum(begin + SPAN, V))
-    for start in range(begin, end, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
+    for first in range(begin, end, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
         inside = exists[:, None] & (cols < V)[None, :]
-        at = dlogits_ptr + row_start[:, None] + cols[None, :]
+        at = dlogits_ptr + start[:, None] + class_offsets(cols, dlogits_strides, UNIT, SPATIAL)[None, :]
         gradient = tl.load(at, mask=inside, other=0.0).to(dloss.dtype)
         # 0 stays 0 whatever dloss is: the row may not count.
         gradient = tl.where(gradient == 0.0, 0.0, gradient * dloss)

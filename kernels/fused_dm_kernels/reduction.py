@@ -9,6 +9,52 @@ LOG_FLOOR = tl.constexpr(-18.420680743952367)
 
 
 @triton.jit
+def fold(top, weights, values, more_top, more_weights, more_values, LOSS: tl.constexpr):
+    """The batch sums of two sets of rows as those of one, in fp64."""
+    more_top = more_top.to(tl.float64)
+    # A nan is dropped here, and not by the sums.
+    joint = tl.maximum(top, more_top)
+    base = tl.where(joint == -INF, 0.0, joint)
+    scale, more_scale = tl.exp(top - base), tl.exp(more_top - base)
+    weights = weights * scale + more_weights.to(tl.float64) * more_scale
+    if LOSS is None:
+        values = values * scale + more_values.to(tl.float64) * more_scale
+    else:
+        values += more_values.to(tl.float64)
+    return joint, weights, values
+
+
+@triton.jit
+def store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS: tl.constexpr):
+    """Write the loss and the totals of the batch sums.
+
+    The divisor D is held as divisor * exp(log_scale), so that no weight overflows.
+    """
+    # As the rows' numbers are rounded, so that log w - log_scale is 0 for the largest of them.
+    floor = tl.full([], LOG_FLOOR, dtype).to(tl.float64)
+    joint = tl.maximum(top, floor)
+    scale = tl.exp(top - joint)
+    relative_sum = weights * scale + tl.exp(floor - joint)
+    if LOSS is None:
+        values *= scale
+    if normalizer_ptr is None:
+        log_scale = joint
+        divisor = relative_sum
+    else:
+        log_scale = tl.zeros([], tl.float64)
+        divisor = tl.load(normalizer_ptr)
+    if LOSS is None:
+        # A weight that overflows times a -log p of 0 is 0.
+        values = tl.where(values == 0.0, 0.0, values * tl.exp(joint - log_scale))
+    else:
+        values *= tl.exp(-log_scale)
+    tl.store(loss_ptr, (values / divisor).to(loss_ptr.dtype.element_ty))
+    tl.store(totals_ptr, log_scale)
+    tl.store(totals_ptr + 1, divisor)
+    tl.store(totals_ptr + 2, relative_sum * tl.exp(joint))
+
+
+@triton.jit
 def totals_kernel(
     partials_ptr,  # (3, P)
     normalizer_ptr,  # () fp64, or None: the sum of weights
@@ -18,43 +64,25 @@ def totals_kernel(
     LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program adds all partial sums in an order that depends on P alone, in fp64.
-
-    The divisor D is held as divisor * exp(log_scale), so that no weight overflows.
-    """
+    """One program adds all partial sums in an order that depends on P alone, in fp64."""
     lane = tl.arange(0, BLOCK)
-    tops = tl.full([BLOCK], -INF, partials_ptr.dtype.element_ty)
+    dtype: tl.constexpr = partials_ptr.dtype.element_ty
+    tops = tl.full([BLOCK], -INF, dtype)
     for start in range(0, P, BLOCK):
         at = start + lane
         tops = tl.maximum(tops, tl.load(partials_ptr + at, mask=at < P, other=-INF), propagate_nan=tl.PropagateNan.ALL)
-    floor = tl.full([], LOG_FLOOR, partials_ptr.dtype.element_ty)
-    top = tl.maximum(tl.max(tops, 0), floor).to(tl.float64)
+    top = tl.max(tops, 0).to(tl.float64)
+    base = tl.where(top == -INF, 0.0, top)
     weights = tl.zeros([BLOCK], tl.float64)
     values = tl.zeros([BLOCK], tl.float64)
     for start in range(0, P, BLOCK):
         at = start + lane
         inside = at < P
-        scale = tl.exp(tl.load(partials_ptr + at, mask=inside, other=-INF).to(tl.float64) - top)
+        scale = tl.exp(tl.load(partials_ptr + at, mask=inside, other=-INF).to(tl.float64) - base)
         weights += scale * tl.load(partials_ptr + at + P, mask=inside, other=0.0).to(tl.float64)
         value = tl.load(partials_ptr + at + 2 * P, mask=inside, other=0.0).to(tl.float64)
         if LOSS is None:
             # A weight of 0 times any -log p is 0.
             value = tl.where((scale == 0.0) & (value == value), 0.0, value * scale)
         values += value
-    relative_sum = tl.sum(weights, 0) + tl.exp(floor.to(tl.float64) - top)
-    value = tl.sum(values, 0)
-    if normalizer_ptr is None:
-        log_scale = top
-        divisor = relative_sum
-    else:
-        log_scale = top * 0.0
-        divisor = tl.load(normalizer_ptr)
-    if LOSS is None:
-        # A weight that overflows times a -log p of 0 is 0.
-        value = tl.where(value == 0.0, 0.0, value * tl.exp(top - log_scale))
-    else:
-        value *= tl.exp(-log_scale)
-    tl.store(loss_ptr, (value / divisor).to(loss_ptr.dtype.element_ty))
-    tl.store(totals_ptr, log_scale)
-    tl.store(totals_ptr + 1, divisor)
-    tl.store(totals_ptr + 2, relative_sum * tl.exp(top))
+    store_totals(top, tl.sum(weights, 0), tl.sum(values, 0), normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)

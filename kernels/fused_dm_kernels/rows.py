@@ -1,6 +1,7 @@
 """The mathematics of a row, shared by every kernel: statistics, weight, value and the gradient's coefficient.
 
 A program owns BLOCK_N rows and walks over their classes in blocks of BLOCK_V; (BLOCK_N,) tensors hold one number a row.
+The logits are (images, V, D) at strides of any size: row `image * D + position`. Plain (N, V) logits are one image.
 The derivations are in kernels/README.md.
 """
 
@@ -11,12 +12,64 @@ from .numerics import INF, exp, sigmoids, tanh_and_slope
 
 
 @triton.jit
-def own_rows(tile, target_ptr, N, ignore_index, BLOCK_N: tl.constexpr):
-    """Row numbers (64-bit), which of them exist, their labels, and which are examples (exist and are not ignored)."""
-    row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = row < N
+def own_positions(tile, D, BLOCK_N: tl.constexpr):
+    """The image of a tile, its positions there, and which of them exist. 64-bit, so that every offset made of them is."""
+    tiles = tl.cdiv(D, BLOCK_N)
+    image = (tile // tiles).to(tl.int64)
+    position = (tile % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return image, position, position < D
+
+
+@triton.jit
+def own_labels(row, exists, target_ptr, ignore_index):
+    """The rows' labels, and which of them are examples: they exist and are not ignored."""
     target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
-    return row, exists, target, exists & (target != ignore_index)
+    return target, exists & (target != ignore_index)
+
+
+@triton.jit
+def row_starts(image, position, strides, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
+    """Offsets of the rows' first classes. `strides` are those of image, position and class."""
+    if SPATIAL:
+        return image * strides[0] * UNIT + position * strides[1]
+    else:
+        return (image * strides[0] + position * strides[1]) * UNIT
+
+
+@triton.jit
+def class_offsets(cols, strides, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
+    """Offsets of classes from the start of their row."""
+    if SPATIAL:
+        return cols.to(tl.int64) * strides[2] * UNIT
+    else:
+        return cols
+
+
+@triton.jit
+def in_words(counts, numbers_ptr, row, exists, NOTHING, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
+    """The rows to read for those that count.
+
+    They are the same, unless neighbouring rows lie side by side in 16 bytes, which are read whole if one of their rows
+    counts: if its integer at `numbers_ptr` is not `NOTHING`. Since all rows of 16 bytes load the same integers, the compiler
+    knows that the mask does not divide them, and loads 128 bits.
+    """
+    if SPATIAL and UNIT > 1:
+        wanted = tl.full(exists.shape, False, tl.int1)
+        first = row // UNIT * UNIT
+        for i in tl.static_range(UNIT):
+            wanted |= tl.load(numbers_ptr + first + i, mask=exists, other=NOTHING) != NOTHING
+        return wanted & exists
+    else:
+        return counts
+
+
+@triton.jit
+def in_words_again(read, active, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
+    """Of the rows of `in_words`, those to read for the active ones: all or none of them where 16 bytes hold several rows."""
+    if SPATIAL and UNIT > 1:
+        return read & (tl.max(active.to(tl.int32), 0) > 0)
+    else:
+        return active
 
 
 @triton.jit
@@ -38,31 +91,62 @@ def transformed(raw, transform_ptr, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def load_with_slope(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED: tl.constexpr):
-    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype, -inf outside; and their slope."""
-    inside = active[:, None] & (cols < V)[None, :]
-    logits = tl.load(logits_ptr + row_start[:, None] + cols[None, :], mask=inside, other=-INF)
+def load_with_slope(
+    logits_ptr,
+    start,
+    offset,
+    cols,
+    V,
+    active,
+    read,
+    transform_ptr,
+    CAPPED: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype, -inf outside; and their slope.
+
+    `offset` are those of `cols`, and `read` the rows of `in_words`.
+    """
+    inside = read[:, None] & (cols < V)[None, :]
+    logits = tl.load(logits_ptr + start[:, None] + offset[None, :], mask=inside, other=-INF, eviction_policy=EVICT)
     if logits.dtype != tl.float64:
         logits = logits.to(tl.float32)
     if transform_ptr is None:
+        if SPATIAL:
+            logits = tl.where(active[:, None], logits, -INF)
         return logits, 1.0
     else:
+        # A row that was read for its neighbours' sake may hold anything.
+        inside &= active[:, None]
         logits, slope = transformed(logits, transform_ptr, CAPPED)
-        return tl.where(inside, logits, -INF), slope
+        return tl.where(inside, logits, -INF), tl.where(inside, slope, 0.0)
 
 
 @triton.jit
-def load_block(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED: tl.constexpr):
+def load_block(
+    logits_ptr,
+    start,
+    offset,
+    cols,
+    V,
+    active,
+    read,
+    transform_ptr,
+    CAPPED: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside."""
-    logits, _ = load_with_slope(logits_ptr, row_start, cols, V, active, transform_ptr, CAPPED)
+    logits, _ = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, EVICT)
     return logits
 
 
 @triton.jit
-def load_label(logits_ptr, row_start, target, V, active, transform_ptr, CAPPED: tl.constexpr):
+def load_label(logits_ptr, start, offset, target, V, active, transform_ptr, CAPPED: tl.constexpr):
     """z_y of the active rows; nan where it is +inf or the label is not a class, so that neither can pass unseen."""
     is_class = (target >= 0) & (target < V)
-    logit = tl.load(logits_ptr + row_start + target, mask=active & is_class, other=0.0)
+    logit = tl.load(logits_ptr + start + offset, mask=active & is_class, other=0.0)
     if logit.dtype != tl.float64:
         logit = logit.to(tl.float32)
     logit, _ = transformed(logit, transform_ptr, CAPPED)
@@ -88,6 +172,24 @@ def scan_block(others, row_max, row_sum):
     base = finite_max(new_max)
     exps = exp(others - base[:, None])
     return new_max, row_sum * exp(row_max - base) + tl.sum(exps, 1), exps
+
+
+@triton.jit
+def combine(maxima, sums, AXIS: tl.constexpr):
+    """Maximum and sum of exp(z - max) of rows, from those of their parts along AXIS; -inf and 0 without a finite logit."""
+    row_max = tl.max(maxima, AXIS)
+    return row_max, tl.sum(sums * exp(maxima - tl.expand_dims(finite_max(row_max), AXIS)), AXIS)
+
+
+@triton.jit
+def combined_parts(parts_ptr, row, exists, N, parts, PARTS: tl.constexpr):
+    """Maximum and sum of the rows from the (2, parts, N) buffer of the split kernel; PARTS is a power of 2, at least parts."""
+    part = tl.arange(0, PARTS)
+    at = part.to(tl.int64)[None, :] * N + row[:, None]
+    inside = exists[:, None] & (part < parts)[None, :]
+    maxima = tl.load(parts_ptr + at, mask=inside, other=-INF)
+    sums = tl.load(parts_ptr + at + N.to(tl.int64) * parts, mask=inside, other=0.0)
+    return combine(maxima, sums, 1)
 
 
 @triton.jit
@@ -143,19 +245,25 @@ def store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, uni
 
 
 @triton.jit
-def store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS: tl.constexpr):
-    """Write a program's share of the batch sums into the (3, tiles) buffer.
+def batch_sums(log_weight, sign, value, LOSS: tl.constexpr):
+    """A tile's share of the batch sums: the largest log |c w|, sum c w relative to it, and the sum of values.
 
-    They are the largest log |c w|, sum c w relative to it, and sum of values (relative to it too where the family has
-    no f).
+    The values are relative to it too where the family has no f.
     """
     top = tl.max(log_weight, 0)
     weight = exp(log_weight - finite_max(top))
     if LOSS is None:
         value = tl.where(weight == 0.0, 0.0, sign * weight * value)
+    return top, tl.sum(sign * weight, 0), tl.sum(value, 0)
+
+
+@triton.jit
+def store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS: tl.constexpr):
+    """Write a program's share of the batch sums into the (3, tiles) buffer."""
+    top, weights, values = batch_sums(log_weight, sign, value, LOSS)
     tl.store(partials_ptr + tile, top)
-    tl.store(partials_ptr + tile + tiles, tl.sum(sign * weight, 0))
-    tl.store(partials_ptr + tile + 2 * tiles, tl.sum(value, 0))
+    tl.store(partials_ptr + tile + tiles, weights)
+    tl.store(partials_ptr + tile + 2 * tiles, values)
 
 
 @triton.jit
@@ -176,8 +284,8 @@ def gradient_of(exps, cols, target, k, row_sum):
 
 
 @triton.jit
-def store_block(dlogits_ptr, row_start, cols, gradient, V, exists):
+def store_block(dlogits_ptr, start, offset, cols, gradient, V, exists, EVICT: tl.constexpr):
     """Write a block of the gradient, rounded once to its dtype."""
     inside = exists[:, None] & (cols < V)[None, :]
     gradient = gradient.to(dlogits_ptr.dtype.element_ty)
-    tl.store(dlogits_ptr + row_start[:, None] + cols[None, :], gradient, mask=inside)
+    tl.store(dlogits_ptr + start[:, None] + offset[None, :], gradient, mask=inside, eviction_policy=EVICT)

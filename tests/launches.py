@@ -1,0 +1,146 @@
+"""Making the kernels launch in a way that the sizes would not have chosen, and counting what was launched."""
+
+import contextlib
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fused_dm import _launch, _operators, _triton
+
+# Views and allocations: no launch.
+FREE = {
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "new_empty",
+    "select",
+    "slice",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+}
+
+
+def _one_block_each(way, sizes):
+    launch = _launch.tiles(sizes)
+    return launch._replace(way=way, span=launch.block_v)
+
+
+def _fused_in_blocks(sizes):
+    """Blocks so small that every row of the tests has several."""
+    launch = _launch.tiles(sizes)
+    block_v = 16
+    return launch._replace(block_v=block_v, span=-(-sizes.classes // block_v) * block_v, stream=True)
+
+
+# How each function of _launch answers, by the launch shape that is to be tried.
+WAYS = {
+    "tiles": {
+        "forward": lambda sizes, device: _launch.tiles(sizes),
+        "margin": lambda sizes, device: _launch.tiles(sizes),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes)._replace(stream=True),
+    },
+    "alone": {
+        "forward": lambda sizes, device: _launch.tiles(sizes)._replace(way="alone"),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes)._replace(way="alone"),
+    },
+    "split": {
+        "forward": lambda sizes, device: _one_block_each("split", sizes),
+        "margin": lambda sizes, device: _one_block_each("split", sizes),
+        "fused": lambda sizes, device, capped=False: _one_block_each("split", sizes),
+        "gradient": lambda sizes, device, whole_rows=False: _one_block_each("spans", sizes),
+    },
+    "small blocks": {
+        "forward": lambda sizes, device: _fused_in_blocks(sizes),
+        "fused": lambda sizes, device, capped=False: _fused_in_blocks(sizes),
+        "gradient": lambda sizes, device, whole_rows=False: _fused_in_blocks(sizes)._replace(way="spans"),
+    },
+}
+
+
+@contextlib.contextmanager
+def forced(way):
+    """Every launch within goes this way, whatever its sizes."""
+    kept = {name: getattr(_launch, name) for name in WAYS[way]}
+    for name, function in WAYS[way].items():
+        setattr(_launch, name, function)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(_launch, name, function)
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.sizes = []  # of what each operation makes, views and allocations left out
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = function._schema.name.split("::")
+        if namespace != "fused_dm" and name not in FREE:
+            self.names.append(name)
+        # Within an operator of ours nothing is seen; these copy the value, and the others' implementations are seen below.
+        if namespace == "fused_dm" and name.startswith("attach"):
+            self.names.append("clone")
+        result = function(*args, **(kwargs or {}))
+        if namespace != "fused_dm" and name not in FREE and isinstance(result, torch.Tensor):
+            self.sizes.append((name, result.numel()))
+        return result
+
+
+class Counted:
+    """Names of the kernels, and of torch's operations that launch one, in no order."""
+
+    def __init__(self):
+        self.kernels = {}
+        self.torch = []
+        self.sizes = []
+
+    @property
+    def total(self):
+        return sum(self.kernels.values()) + len(self.torch)
+
+
+@contextlib.contextmanager
+def counted_launches():
+    """Count what is launched within: Triton's kernels in the interpreter, and torch's operations, those in operators too."""
+    from interpreter import bounds
+    from triton.runtime.interpreter import GridExecutor
+
+    ops, found, launching, execute = _Ops(), Counted(), _operators._triton, GridExecutor.__call__
+
+    def seen(function):
+        def call(*args, **kwargs):
+            with ops:
+                return function(*args, **kwargs)
+
+        return call
+
+    def unseen(*args, **kwargs):
+        # The interpreter copies the arguments, by operations of torch.
+        with _disable_current_modes():
+            return execute(*args, **kwargs)
+
+    names = ("margin", "loss_and_rows", "gradient", "multiply_")
+    _operators._triton = lambda: SimpleNamespace(**{name: seen(getattr(_triton, name)) for name in names})
+    GridExecutor.__call__ = unseen
+    before = dict(bounds.kernels)
+    try:
+        with ops:
+            yield found
+    finally:
+        _operators._triton, GridExecutor.__call__ = launching, execute
+        found.kernels = {k: n - before.get(k, 0) for k, n in bounds.kernels.items() if n > before.get(k, 0)}
+        found.torch, found.sizes = ops.names, ops.sizes

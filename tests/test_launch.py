@@ -1,0 +1,291 @@
+"""Every launch shape on every shape of batch, what decides between them, and how many launches a training step takes."""
+
+import pytest
+import torch
+from batches import GPU, SHAPES, device_of, make, run
+from launches import WAYS, counted_launches, forced
+from tolerance import check, expected
+
+from fused_dm import _launch, _rows, _triton, dm_loss, edf, margin
+from fused_dm._launch import H100, Device, Sizes
+
+DM = edf.DM(beta=8, lambd=0.5)
+REDUCTIONS = ["sum_weight", "mean"]
+interpreted = pytest.mark.skipif(GPU, reason="counts what the interpreter launches")
+
+
+def custom(log_p, log_q):
+    return 8 * torch.exp(0.5 * log_p + log_q)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_every_way_on_every_shape(way, reduction, shape):
+    if way == "small blocks" and shape[1] > 5000:
+        pytest.skip("thousands of blocks say no more than hundreds")
+    dtype = torch.float32 if shape[1] % 2 else torch.bfloat16
+    logits, target = make(*shape, dtype, ignored=0.2)
+    truth = expected(logits, target, DM, torch.tensor(1.5), reduction=reduction)
+    with forced(way):
+        check(*run("triton", logits, target, DM, torch.tensor(1.5), reduction=reduction), truth)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), custom], ids=["dm", "cce", "custom"])
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_every_way_with_every_option(way, emphasis, reduction, dtype):
+    logits, target = make(150, 60, dtype, seed=3, ignored=0.2)
+    generator = torch.Generator().manual_seed(3)
+    options = {"reduction": reduction, "sample_weight": torch.randn(150, generator=generator) + 1}
+    options["sample_weight"][::7] = 0
+    if reduction == "sum":
+        options["normalizer"] = 3.0
+    truth = expected(logits, target, emphasis, **options)
+    with forced(way):
+        check(*run("triton", logits, target, emphasis, **options), truth)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "none"])
+def test_nan_and_extremes_go_every_way(way, reduction):
+    """A nan in one row, and no other class in another: neither is lost, and neither spreads further than it must."""
+    logits, target = make(5, 60, seed=4, offset=1e4)
+    logits[1, 50] = torch.nan
+    logits[3] = -torch.inf
+    logits[3, target[3]] = 0.0
+    with forced(way):
+        output, dlogits = run("triton", logits, target, DM, reduction=reduction)
+    assert output.target_prob.isnan().tolist() == [False, True, False, False, False]
+    assert dlogits[1].isnan().any()
+    assert (dlogits[3] == 0).all() or reduction == "sum_weight"
+    if reduction == "none":
+        assert output.loss.isnan().tolist() == [False, True, False, False, False]
+    else:
+        assert output.loss.isnan()
+    if reduction != "sum_weight":
+        assert not dlogits[[0, 2, 4]].isnan().any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_way_repeats_to_the_bit(way, reduction):
+    logits, target = make(20, 300, torch.bfloat16, ignored=0.2)
+    with forced(way):
+        runs = [run("triton", logits, target, DM, reduction=reduction) for _ in range(2)]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert torch.equal(runs[0][0].loss, runs[1][0].loss)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dloss", [1.0, 2.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_way_in_place(way, dloss, reduction):
+    values, target = make(20, 300, ignored=0.2)
+    truth = expected(values, target, DM, torch.tensor(dloss), reduction=reduction)
+    leaf = values.to(device_of("triton")).requires_grad_()
+    with forced(way):
+        logits = leaf * 1
+        output = dm_loss(
+            logits, target.to(leaf.device), DM, reduction=reduction, inplace=True, return_output=True, impl="triton"
+        )
+        output.loss.backward(torch.full_like(output.loss, dloss))
+    check(output, leaf.grad, truth)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_parts_of_a_row_combine_as_the_whole(parts, dtype):
+    """The torch form of the combination that the split kernels do on the device, over ranks or spans."""
+    logits = make(6, 64, dtype, scale=20.0).logits
+    logits[0, :32] = -torch.inf
+    logits[1] = -torch.inf
+    found = [_rows.part_statistics(part) for part in logits.tensor_split(parts, 1)]
+    row_max, row_sum = _rows.combine_statistics(torch.stack([m for m, _ in found]), torch.stack([s for _, s in found]))
+    exact = logits.double().logsumexp(1)
+    assert torch.equal(row_max, logits.amax(1))
+    assert row_sum[1] == 0
+    span = 64 * torch.finfo(dtype).eps * (1 + logits[2:].double().abs().amax())
+    lse = row_max[2:].double() + row_sum[2:].double().log()
+    assert ((lse - exact[2:]).abs() <= span).all()
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 3 * 4096 + 7), (7, 9000), (130, 5000)], ids=str)
+def test_device_and_torch_combine_alike(shape):
+    logits, target = make(*shape)
+    _, statistics = _triton.margin(logits, target, -100)
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    row_max, row_sum = _rows.combine_statistics(
+        *map(torch.stack, zip(*[_rows.part_statistics(part) for part in others.split(4096, 1)], strict=True))
+    )
+    assert torch.equal(statistics[0], row_max)
+    torch.testing.assert_close(statistics[1], row_sum)
+
+
+# ---- The choice
+
+
+def test_few_rows_are_split_so_that_every_multiprocessor_has_work():
+    for rows, classes in ((1, 10**7), (16, 10**7), (64, 10**6), (131, 128256), (16, 5000)):
+        sizes = Sizes(1, rows, classes, 2)
+        launch = _launch.forward(sizes, H100)
+        assert launch.way == "split"
+        assert launch.span % launch.block_v == 0
+        programs = launch.tiles(sizes) * launch.spans(sizes)
+        blocks = rows * -(-classes // launch.block_v)
+        assert min(blocks, 132) <= programs <= 2 * _launch.RESIDENT * 132
+        assert launch.spans(sizes) * launch.span >= classes > (launch.spans(sizes) - 1) * launch.span
+
+
+def test_enough_rows_are_not_split():
+    for rows in (132, 133, 8192):
+        assert _launch.forward(Sizes(1, rows, 128256, 2), H100).way == "tiles"
+    assert _launch.forward(Sizes(1, 131, 128256, 2), H100).way == "split"
+    # The device counts: a small one has work for all of it in fewer rows.
+    assert _launch.forward(Sizes(1, 40, 128256, 2), Device(20, 4 << 20)).way == "tiles"
+    assert _launch.forward(Sizes(1, 40, 128256, 2), Device(108, 40 << 20)).way == "split"
+
+
+def test_rows_of_one_block_are_not_split():
+    assert _launch.forward(Sizes(1, 8, 4096, 2), H100).way == "tiles"
+    assert _launch.forward(Sizes(1, 8, 4097, 2), H100).way == "split"
+
+
+def test_a_small_batch_is_one_programs():
+    assert _launch.forward(Sizes(1, 0, 10, 4), H100).way == "alone"
+    assert _launch.forward(Sizes(1, 512, 10, 4), H100).way == "alone"
+    assert _launch.forward(Sizes(1, 513, 10, 4), H100).way == "tiles"
+    assert _launch.forward(Sizes(1, 257, 10, 4, aligned=False), H100).way == "tiles"
+    assert _launch.forward(Sizes(1, 4, 4096, 4), H100).way == "alone"
+    assert _launch.forward(Sizes(1, 5, 4096, 4), H100).way == "tiles"
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("classes", [1, 2, 16, 17, 1000, 2048, 2049, 4096, 4097, 32768, 32769, 10**7])
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_every_tile_covers_its_row_within_the_registers(itemsize, classes, spatial, aligned):
+    for images, positions in ((1, 1), (1, 8192), (8, 4096), (3, 5)):
+        sizes = Sizes(images, positions, classes, itemsize, spatial, aligned)
+        for launch in (_launch.forward(sizes, H100), _launch.margin(sizes, H100), _launch.gradient(sizes, H100)):
+            assert launch.block_n * launch.block_v <= 4096
+            if not aligned and not spatial:
+                assert launch.block_n == 1 or launch.block_n * launch.block_v <= 1024
+            assert launch.spans(sizes) * launch.span >= classes
+        fused = _launch.fused(sizes, H100)
+        assert fused.block_n * fused.block_v * itemsize <= max(65536, 4096 * itemsize)
+        assert fused.span % fused.block_v == 0
+        if fused.way == "tiles":
+            assert fused.span >= classes
+        for value in (fused.block_n, fused.block_v, fused.num_warps):
+            assert value & (value - 1) == 0
+
+
+def test_a_row_of_64_kib_is_one_block():
+    for itemsize, most in ((2, 32768), (4, 16384)):
+        inside = _launch.fused(Sizes(1, 8192, most, itemsize), H100)
+        beyond = _launch.fused(Sizes(1, 8192, most + 1, itemsize), H100)
+        assert inside.span == inside.block_v == most
+        assert not inside.stream
+        assert beyond.span > beyond.block_v
+        assert beyond.stream
+
+
+def test_the_fused_kernel_is_given_up_where_it_would_idle():
+    """Two passes over 16 rows of 1e7 classes on 16 of 132 multiprocessors take longer than three passes on all."""
+    assert _launch.fused(Sizes(1, 16, 10**7, 2), H100).way == "split"
+    assert _launch.fused(Sizes(1, 132, 10**7, 2), H100).way == "tiles"
+    # So little that another launch takes longer than what it saves.
+    assert _launch.fused(Sizes(1, 16, 5000, 2), H100).way == "tiles"
+
+
+def test_the_gradient_is_cut_until_it_fills_the_device():
+    few = Sizes(1, 16, 10**7, 2)
+    launch = _launch.gradient(few, H100)
+    assert launch.tiles(few) * launch.spans(few) >= 8 * 132
+    many = Sizes(1, 8192, 128256, 2)
+    assert _launch.gradient(many, H100).spans(many) == 1
+    assert _launch.gradient(few, H100, whole_rows=True).spans(few) == 1
+    assert _launch.gradient(many, H100).stream
+    assert not _launch.gradient(Sizes(1, 1024, 1000, 2), H100).stream
+
+
+# ---- Launches
+
+
+def step(shape, dtype=torch.float32, **options):
+    logits, target = make(*shape, dtype)
+    leaf = logits.requires_grad_()
+    upstream = torch.ones((), dtype=torch.float32)
+    # The first call makes the EDF's parameters.
+    dm_loss(leaf[:1], target[:1], DM, impl="triton")
+    with counted_launches() as found:
+        dm_loss(leaf, target, DM, impl="triton", **options).backward(upstream)
+    return found
+
+
+STEPS = {
+    "small": ((128, 100), {}, ["batch", "gradient"]),
+    "one program's most": ((512, 12), {}, ["batch", "gradient"]),
+    "few classes": ((2000, 10), {}, ["forward", "totals", "gradient"]),
+    "a block": ((132, 4096), {}, ["forward", "totals", "gradient"]),
+    "few rows": ((3, 20000), {}, ["split", "batch", "gradient"]),
+    "sum": ((540, 200), {"reduction": "sum"}, ["forward", "totals", "gradient"]),
+    "known": ((540, 200), {"reduction": "sum", "normalizer": torch.tensor(3.0)}, ["fused", "totals", "gradient"]),
+    "known, few rows": (
+        (3, 20000),
+        {"reduction": "sum", "normalizer": torch.tensor(3.0)},
+        ["split", "batch", "gradient", "gradient"],
+    ),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", STEPS)
+def test_launches_of_a_training_step(case):
+    shape, options, kernels = STEPS[case]
+    found = step(shape, **options)
+    assert found.kernels == {f"{name}_kernel": kernels.count(name) for name in kernels}
+    # A known divisor is made fp64, and its value is copied out of the operator. sum_weight is nothing but kernels.
+    assert sorted(found.torch) == (["_to_copy", "clone"] if "normalizer" in options else ["ones"] if options else [])
+    if not options:
+        assert found.total <= 3
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_way_in_a_cuda_graph(way, reduction):
+    logits, target = (tensor.cuda() for tensor in make(64, 1000))
+    static = logits.clone().requires_grad_()
+
+    def step():
+        static.grad = None
+        dm_loss(static, target, DM, reduction=reduction).backward()
+
+    with forced(way):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        other = make(64, 1000, seed=1).logits.cuda()
+        with torch.no_grad():
+            static.copy_(other)
+        graph.replay()
+        assert torch.equal(static.grad, run("triton", other, target, DM, reduction=reduction)[1])
+
+
+@interpreted
+def test_margin_is_one_launch_or_two():
+    for shape, kernels in (((540, 200), {"margin_kernel": 1}), ((3, 9000), {"split_kernel": 1, "margin_kernel": 1})):
+        logits, target = make(*shape)
+        with counted_launches() as found:
+            margin(logits, target, impl="triton")
+        assert found.kernels == kernels
