@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ._rows import compute_dtype
 
-# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. bench/cpu.py
-# sweeps them.
+# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. Measured by
+# `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
 # Where several threads take blocks, each call may have to wait for another to give up Python's lock: fewer and larger.
-SHARED_BLOCK_ELEMENTS = 1 << 19
+SHARED_BLOCK_ELEMENTS = 1 << 18
 # And where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # More threads would wait for Python's lock, of which every block takes 50 us.
