@@ -24,7 +24,7 @@ EDGES = {
     "_loss": {"_cpu", "_operators", "_rows", "_validation"},
     "_operators": {"_cpu", "_rows", "_triton"},
     "_plot": {"_report", "edf"},
-    "_report": {"_api", "_extras", "_plot"},
+    "_report": {"_api", "_extras", "_linear", "_plot"},
     "_rows": set(),
     "_triton": {"_rows", "edf", "fused_dm_kernels"},
     "_validation": {"edf"},

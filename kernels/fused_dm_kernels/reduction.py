@@ -38,7 +38,8 @@ def totals_kernel(
         weights += scale * tl.load(partials_ptr + at + P, mask=inside, other=0.0).to(tl.float64)
         value = tl.load(partials_ptr + at + 2 * P, mask=inside, other=0.0).to(tl.float64)
         if LOSS is None:
-            value *= scale
+            # A weight of 0 times any -log p is 0.
+            value = tl.where((scale == 0.0) & (value == value), 0.0, value * scale)
         values += value
     relative_sum = tl.sum(weights, 0) + tl.exp(floor.to(tl.float64) - top)
     value = tl.sum(values, 0)
