@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ._rows import compute_dtype
 
-# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. bench/cpu.py
-# sweeps them.
+# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. Measured by
+# `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
 # Where several threads take blocks, each call may have to wait for another to give up Python's lock: fewer and larger.
-SHARED_BLOCK_ELEMENTS = 1 << 19
+SHARED_BLOCK_ELEMENTS = 1 << 18
 # And where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # More threads would wait for Python's lock, of which every block takes 50 us.
@@ -159,8 +159,10 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
             helper.result()
 
 
-def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], None]], dtype: torch.dtype) -> None:
+def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], None]], dtype: torch.dtype | None) -> None:
     """Cut `matrix` into blocks and call `work(blocks)(number, scratch)` for each, on torch.get_num_threads() threads.
+
+    The scratch memory holds a block in `dtype`, and nothing where that is None.
 
     A matrix of fewer blocks than threads is left to one thread; unless it is large, that is, of few and very long rows. Then
     each torch call is spread over the threads.
@@ -177,7 +179,7 @@ def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], Non
         step = work(blocks)
 
         def start() -> Callable[[int], None]:
-            scratch = blocks.scratch(dtype)
+            scratch = torch.empty(0) if dtype is None else blocks.scratch(dtype)
             return lambda number: step(number, scratch)
 
         with _spread(threads) if spread else nullcontext():
@@ -388,7 +390,7 @@ def direction(
 
         return step
 
-    _run(logits, work, walk.dtype)
+    _run(logits, work, None if direct else walk.dtype)
     return *walk.margins(), out
 
 
@@ -418,7 +420,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
 
         return step
 
-    _run(matrix, work, factor.dtype)
+    _run(matrix, work, None if direct else factor.dtype)
     _zero_rows_(matrix, factor == 0)
 
 

@@ -191,7 +191,7 @@ def expected(
     tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
     if per_row or has_loss:
         values = {**options, "reduction": "none", "normalizer": None}
-        values = reference.dm_loss(logits.double(), target, emphasis, **values).loss
+        values = reference.dm_loss(logits.double(), target, emphasis, **values).loss.detach()
         scale = 1.0 if per_row else (loss.abs() / values.sum().abs()).nan_to_num(1, 1, 1)
     else:
         # c w / D times -log p: no weight overflows.
