@@ -116,7 +116,7 @@ FAULTS = [
     Fault("operators: dvalue of a custom EDF ignored", "fused_dm/_operators.py", "return _times(coefficient, dvalue), None, None", "return coefficient, None, None"),
     Fault("module: the schedule does not arrive", "fused_dm/_api.py", "            slot.fill_(value)", "            pass"),
     Fault("module: parameters cast with the module", "fused_dm/_api.py", "self.emphasis_params = params.to(device)", "pass"),
-    Fault("spatial: classes not moved last", "fused_dm/_api.py", "logits.movedim(1, -1).reshape(-1, logits.shape[1])", "logits.reshape(-1, logits.shape[1])"),
+    Fault("spatial: classes not moved last", "fused_dm/_api.py", "    return rows.reshape(-1, logits.shape[1])", "    return logits.reshape(-1, logits.shape[1])"),
     # The logits overwritten by their gradient
     Fault("in place: gradient written with the logits' row stride", f"{KERNELS}/gradient.py", "out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)", "out_start = row_starts(image, position, logits_strides, UNIT, SPATIAL)"),
     Fault("in place: fused gradient written with the logits' row stride", f"{KERNELS}/fused.py", "out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)", "out_start = row_starts(image, position, logits_strides, UNIT, SPATIAL)"),
