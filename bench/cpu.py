@@ -1,40 +1,47 @@
 """The CPU implementation beside torch's cross entropy: `python -m bench.cpu`.
 
-A training step is forward and backward on fresh gradients. Both sides run in turn in one process, and the table gives the
-median of each and their ratio. The allocator is glibc's own ("default"), which gives large buffers back to the system after
-every step, so that much of the time is page faults; or the same told to keep them ("warm heap"). Peak memory is what a
-step adds to the resident set, less the gradient.
+A training step is forward and backward on fresh gradients. Both sides run in turn in one process, each first every other time,
+and the table gives the median of each and the median of the ratios of neighbouring steps, which suffers less from whatever
+else the machine does. The load average is recorded. The allocator is glibc's own ("default"), which gives large buffers back
+to the system after every step, so that much of the time is page faults; or the same told to keep them ("warm heap"). Peak
+memory is what a step adds to the resident set, less the gradient.
+
+`--sweep` times fused_dm alone over block sizes instead.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = [(1024, 32000), (512, 128256)]
-DTYPES = ["float32", "bfloat16", "float16"]
-WARM = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+# N, V and spatial dimensions, the small ones first.
+SHAPES = [(4096, 1000), (8, 21, 256, 256), (1024, 32000), (512, 128256), (32, 1000000)]
+DTYPES = ["float32", "bfloat16"]
+ALLOCATORS = {"default": {}, "warm heap": {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}}
+BLOCKS = [1 << power for power in range(15, 23)]
 
 
-def batch(rows: int, classes: int, dtype: str):
+def batch(shape: tuple[int, ...], dtype: str):
     """Logits whose label probabilities spread over (0, 1)."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, classes, generator=generator)
-    target = torch.randint(classes, (rows,), generator=generator)
-    lse = logits.logsumexp(1)
-    logits.scatter_(1, target[:, None], (lse + torch.empty(rows).uniform_(-6, 6, generator=generator))[:, None])
+    logits = torch.randn(shape, generator=generator)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    margins = torch.empty(target.shape).uniform_(-6, 6, generator=generator)
+    logits.scatter_(1, target[:, None], (logits.logsumexp(1) + margins)[:, None])
     return logits.to(getattr(torch, dtype)), target
 
 
-def steps(logits, target):
+def steps(logits, target) -> dict[str, Callable[[], None]]:
     import torch
 
     from fused_dm import dm_loss, edf
@@ -49,30 +56,62 @@ def steps(logits, target):
         leaf = logits.detach().requires_grad_()
         torch.nn.functional.cross_entropy(leaf, target).backward()
 
-    return ours, theirs
+    return {"ours": ours, "theirs": theirs}
 
 
-def time_case(rows: int, classes: int, dtype: str, threads: int, repeats: int) -> dict:
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def time_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int) -> dict:
     import torch
 
     torch.set_num_threads(threads)
-    ours, theirs = steps(*batch(rows, classes, dtype))
+    both = steps(*batch(shape, dtype))
+    if math.prod(shape) < 1 << 24:
+        repeats *= 4
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for repeat in range(-2, repeats):
-        for name, step in (("ours", ours), ("theirs", theirs)):
-            start = time.perf_counter()
-            step()
+        for name in sorted(both, reverse=repeat % 2 == 1):
+            took = _seconds(both[name])
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(took)
+    ratios = sorted(ours / theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
     return {
-        "rows": rows,
-        "classes": classes,
+        "shape": shape,
         "dtype": dtype,
         "threads": threads,
         "seconds": seconds,
-        "median_ms": {name: round(1e3 * value, 2) for name, value in medians.items()},
-        "ratio": round(medians["ours"] / medians["theirs"], 3),
+        "median_ms": {name: round(1e3 * statistics.median(values), 1) for name, values in seconds.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-1 - len(ratios) // 4], 3)],
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def sweep_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int) -> dict:
+    """Median milliseconds by the number of elements in a block."""
+    import torch
+
+    from fused_dm import _cpu
+
+    torch.set_num_threads(threads)
+    ours = steps(*batch(shape, dtype))["ours"]
+    seconds: dict[int, list[float]] = {elements: [] for elements in BLOCKS}
+    for repeat in range(-1, repeats):
+        for elements in BLOCKS:
+            _cpu.BLOCK_ELEMENTS = _cpu.SHARED_BLOCK_ELEMENTS = elements
+            took = _seconds(ours)
+            if repeat >= 0:
+                seconds[elements].append(took)
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "threads": threads,
+        "median_ms": {str(elements): round(1e3 * statistics.median(values), 1) for elements, values in seconds.items()},
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
@@ -83,26 +122,24 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status: expected a line {field}")
 
 
-def memory_case(rows: int, classes: int, dtype: str) -> dict:
-    logits, target = batch(rows, classes, dtype)
-    steps(logits[:2], target[:2])[0]()
-    ours, _ = steps(logits, target)
+def memory_case(shape: tuple[int, ...], dtype: str) -> dict:
+    logits, target = batch(shape, dtype)
+    steps(logits[:2], target[:2])["ours"]()
+    ours = steps(logits, target)["ours"]
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     ours()
-    gradient = logits.numel() * logits.element_size()
     return {
-        "rows": rows,
-        "classes": classes,
+        "shape": shape,
         "dtype": dtype,
         "peak_extra_mib": round((_status("VmHWM") - before) / 2**20, 1),
-        "gradient_mib": round(gradient / 2**20, 1),
+        "gradient_mib": round(logits.numel() * logits.element_size() / 2**20, 1),
     }
 
 
-def _in_a_process(command: list[str], environment: dict[str, str] | None = None) -> list[dict]:
+def _in_a_process(part: str, case: dict, environment: dict[str, str] | None = None) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.cpu", *command],
+        [sys.executable, "-m", "bench.cpu", "--part", part, "--case", json.dumps(case)],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         text=True,
@@ -118,55 +155,97 @@ def _processor() -> str:
     return platform.processor()
 
 
+def _name(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def table(found: dict) -> str:
+    loads = [row["load_average"] for rows in found["time"].values() for row in rows]
+    lines = [
+        f"torch {found['torch']}, {found['processor']}, {found['cores']} cores, {found['date']}; `{found['command']}`. "
+        f"Load average while it ran: {min(loads)} to {max(loads)}"
+        + (", so that the cores were shared with other processes." if max(loads) > found["cores"] + 0.5 else "."),
+        "",
+        "| allocator | threads | shape | dtype | fused_dm, ms | cross entropy, ms | ratio | its quartiles |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for allocator, rows in found["time"].items():
+        for row in rows:
+            cells = [allocator, row["threads"], _name(row["shape"]), row["dtype"], *row["median_ms"].values()]
+            cells += [row["ratio"], " - ".join(map(str, row["ratio_quartiles"]))]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| shape | dtype | gradient, MiB | peak beyond it, MiB |", "|---|---|---|---|"]
+    for row in found["memory"]:
+        beyond = round(row["peak_extra_mib"] - row["gradient_mib"], 1)
+        lines.append(f"| {_name(row['shape'])} | {row['dtype']} | {row['gradient_mib']} | {beyond} |")
+    return "\n".join(lines) + "\n"
+
+
+def sweep_table(found: dict) -> str:
+    lines = [
+        f"torch {found['torch']}, {found['processor']}, {found['cores']} cores, {found['date']}; `{found['command']}`. "
+        "Median ms of a step by elements a block.",
+        "",
+        "| shape | dtype | threads | load | " + " | ".join(f"2^{size.bit_length() - 1}" for size in BLOCKS) + " |",
+        "|---|---|---|---|" + "---|" * len(BLOCKS),
+    ]
+    for row in found["sweep"]:
+        cells = [_name(row["shape"]), row["dtype"], row["threads"], row["load_average"], *row["median_ms"].values()]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=11)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=11, help="steps of each side; four times as many for small shapes")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=["time", "memory"], help="run one part and print JSON (used by the whole)")
+    parser.add_argument("--part", choices=["time", "memory", "sweep"], help="run one case and print JSON (used by the whole)")
+    parser.add_argument("--case", type=json.loads)
     arguments = parser.parse_args()
-    if arguments.part == "time":
-        cases = [(*shape, dtype, threads) for threads in arguments.threads for shape in SHAPES for dtype in DTYPES]
-        print(json.dumps([time_case(*case, arguments.repeats) for case in cases]))
-        return
-    if arguments.part == "memory":
-        print(json.dumps([memory_case(*shape, dtype) for shape in SHAPES for dtype in DTYPES]))
+    if arguments.part:
+        case = {**arguments.case, "shape": tuple(arguments.case["shape"])}
+        print(json.dumps({"time": time_case, "memory": memory_case, "sweep": sweep_case}[arguments.part](**case)))
         return
 
     import torch
 
-    options = ["--part", "time", "--repeats", str(arguments.repeats), "--threads", *map(str, arguments.threads)]
-    found = {
+    cases = [{"shape": shape, "dtype": dtype} for shape in SHAPES for dtype in arguments.dtypes]
+    timed = [{**case, "threads": threads, "repeats": arguments.repeats} for threads in arguments.threads for case in cases]
+    options = [f"--{name} {value}" for name, value in (("repeats", arguments.repeats), ("sweep", arguments.sweep)) if value]
+    found: dict = {
         "torch": torch.__version__,
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "command": "python -m bench.cpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python -m bench.cpu", *options]).replace(" True", ""),
         "repeats": arguments.repeats,
-        "default": _in_a_process(options),
-        "warm heap": _in_a_process(options, WARM),
-        "memory": _in_a_process(["--part", "memory"]),
+        "time": {},
+        "memory": [],
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = [
-        f"torch {found['torch']}, {found['processor']}, {found['cores']} cores, medians of {arguments.repeats}; "
-        "`python -m bench.cpu`",
-        "",
-        "| allocator | threads | rows x classes | dtype | fused_dm, ms | cross entropy, ms | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for allocator in ("default", "warm heap"):
-        for row in found[allocator]:
-            ours, theirs = row["median_ms"]["ours"], row["median_ms"]["theirs"]
-            shape = f"{row['rows']} x {row['classes']}"
-            lines.append(f"| {allocator} | {row['threads']} | {shape} | {row['dtype']} | {ours} | {theirs} | {row['ratio']} |")
-    lines += ["", "| rows x classes | dtype | gradient, MiB | peak beyond it, MiB |", "|---|---|---|---|"]
-    for row in found["memory"]:
-        beyond = round(row["peak_extra_mib"] - row["gradient_mib"], 1)
-        lines.append(f"| {row['rows']} x {row['classes']} | {row['dtype']} | {row['gradient_mib']} | {beyond} |")
-    text = "\n".join(lines) + "\n"
-    (arguments.output / "cpu.md").write_text(text)
-    print(text)
+    name = "cpu_blocks" if arguments.sweep else "cpu"
+
+    def save() -> None:
+        (arguments.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.output / f"{name}.md").write_text(sweep_table(found) if arguments.sweep else table(found))
+
+    if arguments.sweep:
+        found["sweep"] = []
+        for case in (case for case in timed if case["shape"] in SHAPES[:3]):
+            found["sweep"].append(_in_a_process("sweep", case))
+            save()
+    else:
+        for allocator, environment in ALLOCATORS.items():
+            found["time"][allocator] = []
+            for case in timed:
+                found["time"][allocator].append(_in_a_process("time", case, environment))
+                save()
+        found["memory"] = [_in_a_process("memory", case) for case in cases]
+        save()
+    print((arguments.output / f"{name}.md").read_text())
 
 
 if __name__ == "__main__":

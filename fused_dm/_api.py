@@ -1,12 +1,13 @@
 """The public functions over logits: `dm_loss`, `DMLoss` and `margin`."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import _operators, _validation, edf, reference
+from . import _cpu, _operators, _validation, edf, reference
 from ._loss import Emphasis, Problem, Received, margin_loss, needs_gradient, triton_loss
 
 
@@ -104,18 +105,19 @@ def _emphasis(emphasis: edf.EDF | Callable, params: Tensor) -> Emphasis:
 
 
 def _rows_of(logits: Tensor, impl: str) -> Tensor:
-    """(N, V); or (N, V, d1 * ... * dk) for kernels, which read that in place.
+    """(N, V), or (N, V, d1 * ... * dk) where the implementation reads that in place.
 
-    A view, but where the spatial dimensions are no single one in memory, and for the other implementations where the classes
-    are not the innermost.
+    The kernels do; the CPU implementation does where the classes are not the innermost. A view, but where the spatial
+    dimensions are no single one in memory, and for the reference where the classes are not the innermost.
     """
     if logits.dim() == 1:
         return logits.unsqueeze(0)
     if logits.dim() == 2:
         return logits
-    if impl == "triton" and logits.numel():
+    rows = logits.movedim(1, -1)
+    if logits.numel() and (impl == "triton" or (impl == "cpu" and not rows.is_contiguous())):
         return logits.flatten(2)
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    return rows.reshape(-1, logits.shape[1])
 
 
 def _compute(
@@ -183,7 +185,10 @@ def _compute(
             transform=_transform(softcap, logit_scale, logits.device),
         )
         fused = impl == "triton" and problem.emphasis.family is not None
-        loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
+        # Traced code becomes loops of its own.
+        calm = _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
+        with calm:
+            loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
     if reduction == "none":
         loss = loss.reshape(target.shape)
     if received is None or not return_output:

@@ -18,7 +18,7 @@ from .edf._forms import FAMILIES
 
 GPU_BYTES = 512 << 20
 # A matrix product of fewer rows reads the layer's weight for too little work.
-CPU_ROWS = 64
+CPU_ROWS = 96
 # Rows of a block on a GPU are a multiple of this where they are more: the tile of a matrix product.
 GPU_TILE = 128
 # In fp16 the largest coefficient is about half of this, so that the numbers above 4e-9 of it keep all their digits.
@@ -261,8 +261,10 @@ def gradients(
             out = None if weighting.relative else block
             row_weight = None if weighting.row_weight is None else weighting.row_weight[at]
             launch = _triton()
+            # The loss of the block alone, which is not used, is inf if weights overflow that nothing divides.
+            divisor = None if weighting.relative else one
             _, numbers, _ = launch.loss_and_rows(
-                block, labels, row_weight, weighting.params, one, weighting.family, ignore_index, out, transform
+                block, labels, row_weight, weighting.params, divisor, weighting.family, ignore_index, out, transform
             )
             _, row_sum, lead[at], log_weight, *_ = numbers.unbind()
             margin[at] = lead[at] - row_sum.log()

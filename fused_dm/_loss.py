@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import _operators, _validation
+from . import _cpu, _operators, _validation
 from ._rows import (
     RowTerms,
     Totals,
@@ -116,19 +117,29 @@ def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Te
     return lambda log_p, log_q: function(log_p, log_q, *params)
 
 
+def _terms(problem: Problem, margin: Tensor, weight: Tensor | None) -> RowTerms:
+    emphasis, valid = problem.emphasis, _valid(problem)
+    eps, *params = emphasis.params.unbind()
+    log_weight = _with(emphasis.log_weight, params)
+    loss = None if emphasis.loss is None else _with(emphasis.loss, params)
+
+    def of(rows: slice) -> RowTerms:
+        return row_terms(margin[rows], valid[rows], None if weight is None else weight[rows], eps, log_weight, loss)
+
+    # A function of the user's is called once, by the thread that called us. A mode that looks at every torch call, such as a
+    # tracer's, does not see those of other threads.
+    in_pieces = margin.device.type == "cpu" and emphasis.family is not None and margin.numel() > _cpu.PIECE_ROWS
+    seen = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _validation.is_batched(problem.logits)
+    if in_pieces and not seen:
+        return RowTerms(*_cpu.in_pieces(of, margin.numel()))
+    return of(slice(None))
+
+
 @torch.no_grad()
 def of_margins(problem: Problem, margin: Tensor) -> tuple[Tensor, RowTerms, Totals]:
     """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
     emphasis, weight = problem.emphasis, row_weights(problem)
-    eps, *params = emphasis.params.unbind()
-    terms = row_terms(
-        margin.detach(),
-        _valid(problem),
-        weight,
-        eps,
-        _with(emphasis.log_weight, params),
-        None if emphasis.loss is None else _with(emphasis.loss, params),
-    )
+    terms = _terms(problem, margin.detach(), weight)
     totals = batch_totals(terms, _normalizer(problem, weight))
     loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
     if problem.reduction != "none":

@@ -229,7 +229,7 @@ def cpu_direction(
 @cpu_direction.register_fake
 def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
@@ -246,7 +246,7 @@ def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int, transform:
 @cpu_direction_.register_fake
 def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
-    rows = logits.shape[0]
+    rows = target.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._api import DMOutput
 from ._extras import require
+from ._linear import LinearDMOutput
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,8 +116,10 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
-def _check(output: DMOutput, target: Tensor, noisy: Tensor | None, thresholds: tuple[float, float], bins: int) -> None:
-    if not isinstance(output, DMOutput):
+def _check(
+    output: DMOutput | LinearDMOutput, target: Tensor, noisy: Tensor | None, thresholds: tuple[float, float], bins: int
+) -> None:
+    if not isinstance(output, (DMOutput, LinearDMOutput)):
         raise TypeError(f"output: expected a DMOutput, as a loss returns with return_output=True, got {type(output).__name__}")
     shape = tuple(output.target_prob.shape)
     for name, value in (("target", target), ("noisy", noisy)):
@@ -136,7 +139,7 @@ def _check(output: DMOutput, target: Tensor, noisy: Tensor | None, thresholds: t
 
 @torch.no_grad()
 def emphasis_report(
-    output: DMOutput,
+    output: DMOutput | LinearDMOutput,
     target: Tensor,
     noisy: Tensor | None = None,
     *,
@@ -154,7 +157,7 @@ def emphasis_report(
     over the examples that are not ignored. The numbers are brought to the CPU, which waits for a GPU; report now and then.
 
     Args:
-        output: what `dm_loss`, or a `DMLoss` made with it, returned under `return_output=True`.
+        output: what `dm_loss`, `linear_dm_loss` or their modules returned under `return_output=True`.
         target: the labels that the loss was given, shaped like `output.target_prob`.
         noisy: bool, shaped like `target`, True where the label is known to be wrong.
         ignore_index: that of the loss.

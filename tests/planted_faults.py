@@ -85,14 +85,17 @@ FAULTS = [
     Fault("beta and lambd swapped", f"{KERNELS}/densities.py", "return beta * exp(lambd * log_p + log_q)", "return lambd * exp(beta * log_p + log_q)"),
     Fault("parameters in fp32", "fused_dm/_api.py", "        params = torch.tensor(values, dtype=torch.float64, device=device)", "        params = torch.tensor(values, dtype=torch.float32, device=device).double()"),
     # CPU
-    Fault("CPU: label not masked", "fused_dm/_cpu.py", "out.scatter_(1, self.label[rows], -math.inf)", "out"),
-    Fault("CPU: last row of a block dropped", "fused_dm/_cpu.py", "min(start + height, rows))", "min(start + height, rows) - (start > 0))"),
-    Fault("CPU: row sum inverted", "fused_dm/_cpu.py", "out.amax(1).reciprocal()", "out.amax(1)"),
-    Fault("CPU: label's gradient missing", "fused_dm/_cpu.py", "block.scatter_(1, walk.label[rows], -1.0)", "block"),
-    Fault("CPU: label's gradient of fp16 with the wrong sign", "fused_dm/_cpu.py", "walk.label[rows], -factor[:, None])", "walk.label[rows], factor[:, None])"),
-    Fault("CPU: factor rounded to the storage", "fused_dm/_cpu.py", ".mul_(factor[rows, None])\n    zero", ".mul_(factor[rows, None].to(matrix.dtype))\n    zero"),
-    Fault("CPU: rows with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.index_fill_(0, zero, 0.0)", "        pass"),
-    Fault("CPU: scaled by the first row's factor", "fused_dm/_cpu.py", "matrix[rows].mul_(factor[rows, None])", "matrix[rows].mul_(factor[0])"),
+    Fault("CPU: label not masked", "fused_dm/_cpu.py", "out.scatter_(1, label, -math.inf)", "out"),
+    Fault("CPU: last rows dropped", "fused_dm/_cpu.py", "return -(-self.rows // self.height) * across", "return max(1, self.rows // self.height) * across"),
+    Fault("CPU: the label's 1 left in the sum", "fused_dm/_cpu.py", "out=sums[number]).sub_(1)", "out=sums[number])"),
+    Fault("CPU: row sum inverted", "fused_dm/_cpu.py", "row_sum.clamp(min=0.5).reciprocal_()", "row_sum.clamp(min=0.5)"),
+    Fault("CPU: label's gradient missing", "fused_dm/_cpu.py", "block.scatter_(1, label, -1.0)", "block"),
+    Fault("CPU: label's gradient of fp16 with the wrong sign", "fused_dm/_cpu.py", ".scatter_(1, label, factors[number])", ".scatter_(1, label, -factors[number])"),
+    Fault("CPU: factor rounded to the storage", "fused_dm/_cpu.py", "copy_(part).mul_(factors[number])", "copy_(part).mul_(factors[number].to(part.dtype))"),
+    Fault("CPU: rows with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.index_fill_(0, zero.nonzero()[:, 0], 0.0)", "        pass"),
+    Fault("CPU: positions with a factor of 0 keep their nan", "fused_dm/_cpu.py", "        matrix.masked_fill_(zero.view(matrix.shape[0], 1, matrix.shape[2]), 0.0)", "        pass"),
+    Fault("CPU: scaled by the first row's factor", "fused_dm/_cpu.py", "part.mul_(factors[number])", "part.mul_(factors[number][0])"),
+    Fault("CPU: positions before planes", "fused_dm/_cpu.py", "values.view(self.rows, 1, self.positions)", "values.view(self.positions, 1, self.rows).movedim(0, 2)"),
     Fault("CPU: labels unchecked", "fused_dm/_cpu.py", "    if wrong.any():", "    if False:"),
     # Order N
     Fault("rows: ignored rows counted by mean", "fused_dm/_rows.py", "return valid.sum().clamp(min=1).double()", "return torch.ones_like(valid).sum().clamp(min=1).double()"),
@@ -113,7 +116,7 @@ FAULTS = [
     Fault("operators: dvalue of a custom EDF ignored", "fused_dm/_operators.py", "return _times(coefficient, dvalue), None, None", "return coefficient, None, None"),
     Fault("module: the schedule does not arrive", "fused_dm/_api.py", "            slot.fill_(value)", "            pass"),
     Fault("module: parameters cast with the module", "fused_dm/_api.py", "self.emphasis_params = params.to(device)", "pass"),
-    Fault("spatial: classes not moved last", "fused_dm/_api.py", "logits.movedim(1, -1).reshape(-1, logits.shape[1])", "logits.reshape(-1, logits.shape[1])"),
+    Fault("spatial: classes not moved last", "fused_dm/_api.py", "    return rows.reshape(-1, logits.shape[1])", "    return logits.reshape(-1, logits.shape[1])"),
     # The logits overwritten by their gradient
     Fault("in place: gradient written with the logits' row stride", f"{KERNELS}/gradient.py", "out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)", "out_start = row_starts(image, position, logits_strides, UNIT, SPATIAL)"),
     Fault("in place: fused gradient written with the logits' row stride", f"{KERNELS}/fused.py", "out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)", "out_start = row_starts(image, position, logits_strides, UNIT, SPATIAL)"),
@@ -121,7 +124,7 @@ FAULTS = [
     Fault("in place: nothing multiplied", f"{KERNELS}/gradient.py", "end = tl.where(dloss == 1.0, begin,", "end = tl.where(dloss == dloss, begin,"),
     Fault("in place: the first rows multiplied for all", f"{KERNELS}/gradient.py", "own_positions(tl.program_id(0) // spans, D, BLOCK_N)", "own_positions(tl.program_id(0) * 0, D, BLOCK_N)"),
     Fault("in place: a row of 0 becomes nan for an infinite dloss", f"{KERNELS}/gradient.py", "gradient = tl.where(gradient == 0.0, 0.0, gradient * dloss)", "gradient = gradient * dloss"),
-    Fault("in place, CPU: the label read after it was overwritten", "fused_dm/_cpu.py", "label_logit = self.label_logit.masked_fill(", "label_logit = self.logits.gather(1, self.label)[:, 0].to(self.dtype).masked_fill("),
+    Fault("in place, CPU: the label read after it was overwritten", "fused_dm/_cpu.py", "label_logit = self.label_logit.masked_fill(", "label_logit = self.logits.gather(1, self.label[:, None])[:, 0].to(self.dtype).masked_fill("),
     Fault("in place: a later use goes unnoticed", "fused_dm/_operators.py", "    _Overwritten.apply(logits)\n", "    pass\n"),
     Fault("in place: leaf tensors accepted", "fused_dm/_validation.py", "    if logits.is_leaf:", "    if False:"),
     Fault("in place: overlapping rows accepted", "fused_dm/_validation.py", "logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:", "logits.shape[0] > 1 and False:"),
@@ -134,7 +137,6 @@ FAULTS = [
     Fault("operators: fp16 gradients written before their scale is known", "fused_dm/_loss.py", "IN_FORWARD = (torch.float32, torch.bfloat16)", "IN_FORWARD = (torch.float32, torch.bfloat16, torch.float16)"),
     Fault("operators: batches of vmap share a buffer", "fused_dm/_loss.py", "shares = _validation.is_batched(problem.logits)", "shares = False"),
     # Long rows
-    Fault("CPU: long rows not divided by their sum", "fused_dm/_cpu.py", "if out.shape[1] > LONG_ROW:", "if False:"),
     # EDFs
     Fault("EDF: focal weight without its own 1", f"{KERNELS}/densities.py", "return LN2 + (gamma + 1.0) * log_q", "return LN2 + gamma * log_q"),
     Fault("EDF: focal weight of a certain example", f"{KERNELS}/densities.py", "share = tl.where(certain, 1.0, share)", "share = tl.where(certain, 0.0, share)"),
@@ -154,6 +156,7 @@ FAULTS = [
 TESTS = [
     "test_edges",
     "test_reference",
+    "test_cpu",
     "test_margin",
     "test_loss",
     "test_traffic",
@@ -176,7 +179,7 @@ FIRST = {
     "schedule": ["test_schedules"],
     "module": ["test_schedules", "test_operators"],
     "operators": ["test_operators", "test_transforms"],
-    "CPU: long": ["test_regressions"],
+    "CPU": ["test_cpu"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from hypothesis import strategies as st
 
 from fused_dm import edf
@@ -43,11 +44,22 @@ def of_kind(kind):
     return st.builds(kind, **PARAMETERS[kind])
 
 
-def break_of(emphasis):
-    """The margin at which w or its slope jumps."""
-    p = {edf.TruncatedGCE: lambda e: e.k, edf.PHuberCE: lambda e: 1 / e.tau}.get(type(emphasis))
-    p = p or {edf.SelfPaced: lambda e: math.exp(-e.threshold), edf.SelfPacedLinear: lambda e: math.exp(-e.threshold)}.get(
-        type(emphasis), lambda e: 0
-    )
-    p = p(emphasis)
-    return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.inf
+def _breaks(emphasis):
+    """The p at which w or its slope jumps."""
+    own = {
+        edf.TruncatedGCE: lambda e: [e.k],
+        edf.PHuberCE: lambda e: [1 / e.tau],
+        edf.SelfPaced: lambda e: [math.exp(-e.threshold)],
+        edf.SelfPacedLinear: lambda e: [math.exp(-e.threshold)],
+        edf.Truncated: lambda e: [e.low, e.high],
+    }.get(type(emphasis), lambda e: [])(emphasis)
+    return own + [p for member in getattr(emphasis, "members", ()) for p in _breaks(member)]
+
+
+def from_breaks(emphasis, margins):
+    """How far the margins are from the nearest one at which w or its slope jumps; inf where there is none."""
+    distance = torch.full_like(margins, math.inf)
+    for p in _breaks(emphasis):
+        if 0 < p < 1:
+            distance = torch.minimum(distance, (margins - math.log(p) + math.log1p(-p)).abs())
+    return distance

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fused_dm
-from fused_dm import _api, _environment, _report, edf, schedules
+from fused_dm import _api, _environment, _linear, _report, edf, schedules
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -15,7 +15,9 @@ PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
 @pytest.mark.parametrize(
-    "module", [_api, _environment, _report, edf, edf._check, edf._custom, schedules], ids=lambda module: module.__name__
+    "module",
+    [_api, _environment, _linear, _report, edf, edf._check, edf._custom, schedules],
+    ids=lambda module: module.__name__,
 )
 def test_docstrings(module):
     found = doctest.testmod(module)
@@ -24,7 +26,7 @@ def test_docstrings(module):
 
 
 def test_public_functions_have_whole_docstrings():
-    for name in ("dm_loss", "DMLoss", "margin", "emphasis_report"):
+    for name in ("dm_loss", "DMLoss", "linear_dm_loss", "LinearDMLoss", "margin", "emphasis_report"):
         text = getattr(fused_dm, name).__doc__
         for part in ("Args:", "Raises:", "Example:"):
             assert part in text, f"{name}: expected {part}"

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import DTYPES, device_of
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tolerance import check_linear, compare, expected_linear
 
-from fused_dm import LinearDMLoss, dm_loss, edf, linear_dm_loss
+from fused_dm import LinearDMLoss, _linear_operators, dm_loss, edf, emphasis_report, linear_dm_loss
 
 DM = edf.DM(beta=8, lambd=0.5)
 FUSED = ("cpu", "triton")
@@ -120,7 +120,7 @@ def test_equals_dm_loss_of_the_layers_logits_in_fp64(impl, reduction, mode, emph
     reduction=st.sampled_from(["sum_weight", "mean", "sum", "none"]),
     emphasis=st.sampled_from([DM, edf.GCE(), *EXTREME]),
 )
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True, phases=(Phase.generate,))
 def test_any_shape_and_block(impl, mode, dtype, rows, features, classes, block, seed, reduction, emphasis):
     given_layer = layer(rows, features, classes, dtype, seed=seed)
     if emphasis in EXTREME:
@@ -179,3 +179,472 @@ def test_module_is_the_function(impl):
     torch.testing.assert_close(loss, output.loss)
     for name, leaf in zip(NAMES, leaves, strict=True):
         torch.testing.assert_close(leaf.grad, gradients[name])
+
+
+# ---- Transforms of the logits
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap_and_scale(impl, mode, dtype):
+    given_layer = layer(rows=8, dtype=dtype)
+    for transform in ({"softcap": 8.0}, {"logit_scale": 0.3}, {"softcap": torch.tensor(6.0), "logit_scale": 0.8}):
+        for emphasis in (DM, 2 * edf.CCE() + DM):
+            verify(impl, given_layer, emphasis, torch.tensor(0.75), [mode | {"max_logits_bytes": SMALL}], **transform)
+
+
+# ---- Weights beyond any range
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ascending", [True, False], ids=["growing", "shrinking"])
+def test_running_maximum(impl, dtype, ascending):
+    """Weights up to exp(200) in the first block or in the last: what is accumulated follows the largest so far."""
+    x, w, b, target = layer(rows=30, dtype=dtype, ignored=0)
+    order = dm_loss(F.linear(x.double(), w.double(), b.double()), target, DM, return_output=True).target_prob.argsort()
+    order = order.flip(0) if ascending else order
+    emphasis = edf.Exponential(beta=200)
+    verify(impl, (x[order], w, b, target[order]), emphasis, None, [{"max_logits_bytes": SMALL}])
+    ignored_first = target[order].clone()
+    ignored_first[:12] = -100
+    verify(impl, (x[order], w, b, ignored_first), emphasis, None, [{"max_logits_bytes": SMALL}])
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_fp16_keeps_rows_of_small_weight(impl):
+    """Divided by their sum, or undivided, one end of these weights would leave fp16; its gradients are in no worse a state."""
+    x, w, b, target = layer(rows=40, dtype=torch.float16)
+    sample_weight = torch.logspace(-3, 2, 40)
+    for reduction in ("sum_weight", "mean", "sum"):
+        verify(impl, (x, w, b, target), DM, sample_weight=sample_weight, reduction=reduction)
+
+
+# ---- Only what is wanted
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+def test_only_the_gradients_that_are_wanted(impl, recompute, wanted, monkeypatch):
+    from fused_dm import _linear_blocks
+
+    products = []
+    for name in ("_times_weight", "_add_to_weight"):
+        own = getattr(_linear_blocks._Products, name)
+        monkeypatch.setattr(
+            _linear_blocks._Products, name, lambda *args, own=own, name=name: (products.append(name), own(*args))
+        )
+    x, w, b, target = layer()
+    _, whole = run(impl, x, w, b, target, DM, recompute=recompute)
+    products.clear()
+    device = device_of(impl)
+    leaves = [t.to(device, copy=True).requires_grad_(want) for t, want in zip((x, w, b), wanted, strict=True)]
+    linear_dm_loss(*leaves[:2], target.to(device), DM, linear_bias=leaves[2], impl=impl, recompute=recompute).backward()
+    for name, leaf, want in zip(NAMES, leaves, wanted, strict=True):
+        assert (leaf.grad is not None) == want
+        if want:
+            torch.testing.assert_close(leaf.grad, whole[name], rtol=1e-13, atol=0)
+    assert set(products) == {n for n, want in zip(("_times_weight", "_add_to_weight"), wanted[:2], strict=True) if want}
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_evaluation_computes_no_gradient(impl, monkeypatch):
+    from fused_dm import _linear_blocks
+
+    monkeypatch.setattr(_linear_blocks, "_Products", None)
+    x, w, b, target = layer()
+    leaves = [t.to(device_of(impl), copy=True).requires_grad_() for t in (x, w, b)]
+    truth = expected_linear(x, w, target, DM, linear_bias=b)
+    with torch.no_grad():
+        output = linear_dm_loss(
+            *leaves[:2], target.to(leaves[0].device), DM, linear_bias=leaves[2], impl=impl, return_output=True
+        )
+    check_linear(output, {}, truth)
+    assert not output.loss.requires_grad
+
+
+# ---- Autograd
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_second_backward(impl):
+    x, w, b, target = layer()
+    device = device_of(impl)
+    for recompute in (False, True):
+        leaves = [t.to(device, copy=True).requires_grad_() for t in (x, w, b)]
+        loss = linear_dm_loss(*leaves[:2], target.to(device), DM, linear_bias=leaves[2], impl=impl, recompute=recompute)
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        if recompute:
+            second = torch.autograd.grad(loss, leaves, torch.tensor(2.0, dtype=loss.dtype, device=device))
+            for once, twice in zip(first, second, strict=True):
+                torch.testing.assert_close(2 * once, twice, rtol=1e-14, atol=0)
+        else:
+            with pytest.raises(RuntimeError, match=r"used up by the first backward.*retain_graph=True.*recompute=True"):
+                torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_double_backward_is_an_error(impl, recompute):
+    x, w, _, target = layer()
+    x, w = (t.to(device_of(impl), copy=True).requires_grad_() for t in (x, w))
+    loss = linear_dm_loss(x, w, target.to(x.device), DM, impl=impl, recompute=recompute)
+
+    def penalty():
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (x.square().sum() + gradient.square().sum()).backward()
+
+    with pytest.raises(RuntimeError, match=r"fused_dm|second derivative"):
+        penalty()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_closed_form_is_the_derivative(impl):
+    x, w, b, target = layer(4, 3, 5)
+    target = target.to(device_of(impl))
+    leaves = [t.to(device_of(impl), copy=True).requires_grad_() for t in (x, w, b)]
+    for options in ({}, {"softcap": 2.0, "logit_scale": 0.5}):
+
+        def loss(x, w, b, options=options):
+            return linear_dm_loss(
+                x, w, target, edf.GCE(), linear_bias=b, reduction="mean", impl=impl, recompute=True, **options
+            )
+
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_repeatable_to_the_bit(impl, mode, dtype):
+    x, w, b, target = layer(dtype=dtype)
+    runs = [run(impl, x, w, b, target, DM, max_logits_bytes=SMALL, **mode) for _ in range(3)]
+    for output, gradients in runs[1:]:
+        assert torch.equal(output.loss, runs[0][0].loss)
+        assert all(torch.equal(gradients[name], runs[0][1][name]) for name in NAMES)
+    ignored = (target == -100).to(runs[0][1]["dinput"].device)
+    assert (runs[0][1]["dinput"][ignored] == 0).all()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("impl", FUSED)
+def test_tied_embedding(impl, recompute):
+    """The weight is reached twice, through the layer and through the embedding: autograd adds both."""
+    torch.manual_seed(0)
+    device = device_of(impl)
+    tokens = torch.randint(50, (4, 9), device=device)
+    weights = torch.randn(50, 8, dtype=torch.float64, device=device)
+
+    def gradient(loss):
+        weight = weights.clone().requires_grad_()
+        loss(F.embedding(tokens[:, :-1], weight).tanh(), weight, tokens[:, 1:]).backward()
+        return weight.grad
+
+    def unfused(hidden, weight, following):
+        return dm_loss(F.linear(hidden, weight).flatten(0, 1), following.flatten(), DM, impl=impl)
+
+    ours = gradient(LinearDMLoss(DM, impl=impl, recompute=recompute, max_logits_bytes=3 * 50 * 8))
+    torch.testing.assert_close(ours, gradient(unfused), rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_checkpointing(impl, recompute):
+    from torch.utils.checkpoint import checkpoint
+
+    x, w, b, target = layer()
+    output, gradients = run(impl, x, w, b, target, DM, recompute=recompute)
+    device = device_of(impl)
+    leaves = [t.to(device, copy=True).requires_grad_() for t in (x, w, b)]
+
+    def tail(x, w, b):
+        return linear_dm_loss(x, w, target.to(device), DM, linear_bias=b, impl=impl, recompute=recompute)
+
+    loss = checkpoint(tail, *leaves, use_reentrant=False)
+    loss.backward()
+    assert torch.equal(loss, output.loss)
+    for name, leaf in zip(NAMES, leaves, strict=True):
+        assert torch.equal(leaf.grad, gradients[name])
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(impl, recompute, dtype):
+    """As a linear layer under autocast, but that the gradient of an fp32 weight is not rounded to 16 bits on its way."""
+    x, w, b, target = layer(dtype=torch.float32)
+    truth = expected_linear(x, w, target, DM, linear_bias=b, dtype=dtype)
+    with torch.autocast(device_of(impl), dtype=dtype):
+        output, gradients = run(impl, x, w, b, target, DM, recompute=recompute, max_logits_bytes=SMALL)
+    check_linear(output, gradients, truth)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    with torch.autocast(device_of(impl), dtype=dtype):
+        mixed = linear_dm_loss(x.to(dtype), w, target, DM, impl="cpu")
+    assert mixed.dtype == torch.float32
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("options", [{}, {"recompute": True, "skip_tolerance": 1e-3, "softcap": 9.0}, {"reduction": "none"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_as_one_graph(impl, options, dtype):
+    x, w, b, target = layer(dtype=dtype)
+    device = device_of(impl)
+    leaves = [t.to(device, copy=True).requires_grad_() for t in (x, w, b)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, w, b, target):
+        return linear_dm_loss(
+            x * 1, w, target, DM, linear_bias=b, impl=impl, return_output=True, max_logits_bytes=SMALL, **options
+        )
+
+    output = compiled(*leaves, target.to(device))
+    output.loss.sum().backward()
+    plain = {name: value for name, value in options.items() if name not in ("recompute", "skip_tolerance")}
+    truth = expected_linear(x, w, target, DM, linear_bias=b, **plain)
+    gradients = {name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}
+    check_linear(output, gradients if "skip_tolerance" not in options else {}, truth)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiles_with_inductor(recompute):
+    x, w, b, target = layer(dtype=torch.float32)
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+
+    @torch.compile(fullgraph=True)
+    def compiled(x, w, b, target):
+        return linear_dm_loss(x * 1, w, target, DM, linear_bias=b, recompute=recompute, return_output=True)
+
+    output = compiled(*leaves, target)
+    output.loss.backward()
+    gradients = {name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}
+    check_linear(output, gradients, expected_linear(x, w, target, DM, linear_bias=b))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_schedule_compiles_once():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    x, w, b, target = layer(dtype=torch.float32)
+    criterion = LinearDMLoss(edf.DM(beta=0, lambd=0.5))
+    step = torch.compile(criterion, fullgraph=True, backend=counter)
+    for beta in (0, 2, 5, 9, 300):
+        criterion.set_emphasis(edf.DM(beta=beta, lambd=0.5))
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        loss = step(*leaves[:2], target, linear_bias=leaves[2])
+        loss.backward()
+        truth = expected_linear(x, w, target, criterion.emphasis, linear_bias=b)
+        compare("loss", loss, truth.loss, truth.allowed["loss"])
+        for name, leaf in zip(NAMES, leaves, strict=True):
+            compare(name, leaf.grad, getattr(truth, name), truth.allowed[name])
+    assert counter.frame_count == 1
+
+
+def operators(dtype, impl):
+    x, w, b, target = layer(5, 4, 20, dtype, ignored=0)
+    device = device_of(impl)
+    x, w, b = (t.to(device).requires_grad_() for t in (x, w, b))
+    target = target.to(device)
+    params = torch.tensor([1e-6, 8.0, 0.5], dtype=torch.float64, device=device)
+    transform = torch.tensor([0.5, 9.0], dtype=torch.float64, device=device)
+    plain = [t.detach() for t in (x, w, b)]
+    for wanted in ([True] * 3, [False, True, False]):
+        for relative in (False, True):
+            args = (*plain, target, None, params, "dm", -100, dtype, wanted, relative, False, 2 * 20 * 8, impl, transform)
+            yield _linear_operators.linear_gradients, args
+    args = (*plain, target, None, params, "dm", -100, dtype, [True] * 3, True, False, None, impl, None)
+    _, _, reference, *gradients = _linear_operators.linear_gradients(*args)
+    yield _linear_operators.linear_scale_, (gradients[1].clone(), torch.full_like(reference, 2))
+    yield _linear_operators.linear_scaled, (gradients[1], torch.full_like(reference, 2), torch.bfloat16)
+    yield _linear_operators.attach_linear_gradients, (x, w, b, torch.ones_like(reference), *gradients, reference)
+    for bias in (b, None):
+        yield _linear_operators.linear_margin, (x, w, bias, target, -100, dtype, False, False, 2 * 20 * 8, impl, transform)
+    margins, statistics = _linear_operators.linear_margin(*plain, target, -100, dtype, False, False, None, impl, None)
+    args = (*plain, target, statistics, torch.ones_like(margins), -100, dtype, [True, False, True], False, None, impl, None)
+    yield _linear_operators.linear_margin_gradients, args
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(impl, dtype):
+    for operator, args in operators(dtype, impl):
+        torch.library.opcheck(operator, args)
+
+
+# ---- Emphasis-sparse backward
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-2, 0.3])
+@pytest.mark.parametrize("emphasis", [edf.CCE(), edf.DFT()], ids=str)
+def test_skipped_rows_are_the_smallest_and_bounded(impl, tolerance, emphasis):
+    # Half of the rows are fitted: the margin of the best class is raised by the scale of the logits.
+    x, w, b, target = layer(rows=60, confident=0.7)
+    options = {"reduction": "mean", "recompute": True}
+    exact, whole = run(impl, x, w, b, target, emphasis, **options)
+    output, gradients = run(impl, x, w, b, target, emphasis, skip_tolerance=tolerance, **options)
+    norms = exact.example_weight.abs().cpu()
+    ascending, order = norms.sort(stable=True)
+    fits = ascending.cumsum(0) <= tolerance * norms.sum()
+    expected_rows = order[fits]
+    skipped = (gradients["dinput"] == 0).all(1).cpu()
+    assert torch.equal(skipped.nonzero()[:, 0], expected_rows.sort().values)
+    assert norms[skipped].sum() <= tolerance * norms.sum()
+    counted = target != -100
+    assert output.skipped.cpu() == (skipped & counted).sum() / counted.sum()
+    assert output.skipped < 1
+    assert tolerance < 1e-3 or output.skipped > 0
+    # The rows that are left are exact, and the loss is of all.
+    torch.testing.assert_close(gradients["dinput"].cpu()[~skipped], whole["dinput"].cpu()[~skipped], rtol=1e-12, atol=0)
+    assert torch.equal(output.loss, exact.loss)
+    # The gradient by the weight lacks the skipped rows' alone: |dW error| <= sum of norms x largest |input|.
+    off = (gradients["dweight"] - whole["dweight"]).abs().sum(0).cpu()
+    assert (off <= tolerance * norms.sum() * x.abs().amax(0)).all()
+    again = run(impl, x, w, b, target, emphasis, skip_tolerance=tolerance, **options)[1]
+    assert all(torch.equal(again[name], gradients[name]) for name in NAMES)
+
+
+def test_skipping_saves_the_products(monkeypatch):
+    from fused_dm import _linear_blocks
+
+    rows = []
+    own = _linear_blocks._Products.add
+    monkeypatch.setattr(
+        _linear_blocks._Products,
+        "add",
+        lambda self, at, dlogits, *rest: (rows.append(len(dlogits)), own(self, at, dlogits, *rest)),
+    )
+    x, w, b, target = layer(rows=60, confident=0.7)
+    output, _ = run("cpu", x, w, b, target, edf.CCE(), reduction="mean", recompute=True, skip_tolerance=0.01)
+    counted = int((target != -100).sum())
+    assert sum(rows) == counted - round(output.skipped.item() * counted)
+    rows.clear()
+    run("cpu", x, w, b, target, edf.CCE(), reduction="mean", drop_ignored=True)
+    assert sum(rows) == counted
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["accumulated", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_is_a_block_and_the_gradients(options, dtype):
+    """Every allocation of torch's CPU allocator, as the profiler sees it, less what is freed: the most at a time."""
+    from torch.profiler import profile
+
+    rows, features, classes, height = 256, 32, 20000, 16
+    x, w, _, target = layer(rows, features, classes, dtype, ignored=0)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    size = height * classes * x.element_size()
+    with profile(profile_memory=True) as seen:
+        linear_dm_loss(x, w, target, DM, max_logits_bytes=size, **options).backward()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    fp32 = height * classes * 4
+    gradients = (rows + classes) * features * 4
+    converted = 2 * 8192 * features * 4 + height * 8192 * 4 if dtype != torch.float32 else 0
+    returned = (rows + classes) * features * x.element_size() if dtype != torch.float32 else 0
+    # The walk over a block has rows of it besides in fp32, and everything else is of order N.
+    allowed = size + (fp32 if dtype != torch.float32 else 0) + gradients + returned + converted + 200 * rows * 8
+    assert size < most <= allowed
+    assert allowed < rows * classes * x.element_size()
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "itemsize", "size", "on_cpu", "expected_rows"),
+    [
+        (8192, 128256, 2, None, False, 2048),  # 512 MiB hold 2093 rows, and a product's tile is 128
+        (8192, 248320, 2, None, False, 1024),  # 1081
+        (8192, 32000, 2, None, False, 8192),
+        (5000, 128256, 2, None, False, 1792),  # three blocks of about the same height
+        (100, 128256, 2, None, False, 100),
+        (8192, 128256, 2, 1, False, 1),
+        (8192, 128256, 2, 10 * 128256 * 2, False, 10),
+        (10, 7, 4, 3 * 7 * 4, True, 3),
+        (8, 7, 4, 5 * 7 * 4, True, 4),
+        (0, 7, 4, None, True, 1),
+    ],
+)
+def test_rows_of_a_block(rows, classes, itemsize, size, on_cpu, expected_rows):
+    from fused_dm._linear_blocks import block_rows
+
+    assert block_rows(rows, classes, itemsize, size, on_cpu) == expected_rows
+
+
+# ---- Wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": [1.0]}, TypeError, "input: expected a Tensor, got list"),
+        ({"input": torch.zeros(4, 3, dtype=torch.long)}, TypeError, "input: expected dtype float16.*got torch.int64"),
+        ({"input": torch.zeros(())}, ValueError, "input: expected shape .*, got a 0-d tensor"),
+        ({"linear_weight": torch.zeros(5, 4)}, ValueError, r"linear_weight: expected shape \(V, 3\).*got \(5, 4\)"),
+        ({"linear_weight": torch.zeros(0, 3)}, ValueError, r"linear_weight: expected shape \(V, 3\), V at least 1"),
+        (
+            {"linear_weight": torch.zeros(5, 3).double()},
+            TypeError,
+            "linear_weight: expected dtype torch.float32, that of input",
+        ),
+        ({"linear_weight": torch.zeros(5, 3, device="meta")}, ValueError, "linear_weight: expected device cpu"),
+        ({"linear_bias": torch.zeros(4)}, ValueError, r"linear_bias: expected shape \(5,\), got \(4,\)"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, ValueError, r"target: expected shape \(4,\).*got \(3,\)"),
+        ({"target": torch.zeros(4)}, TypeError, "target: expected labels of an integer dtype.*probability targets"),
+        ({"target": torch.full((4,), 5)}, IndexError, r"target: expected labels in \[0, 5\).*got 5"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight: expected shape \(5,\), got \(4,\)"),
+        ({"sample_weight": torch.zeros(5)}, ValueError, r"sample_weight: expected shape \(4,\), got \(5,\)"),
+        ({"reduction": "average"}, ValueError, "reduction: expected one of"),
+        ({"label_smoothing": 0.1}, ValueError, "label_smoothing: expected 0"),
+        ({"recompute": 1}, TypeError, "recompute: expected a bool, got 1"),
+        ({"drop_ignored": None}, TypeError, "drop_ignored: expected a bool, got None"),
+        ({"max_logits_bytes": 1.5}, TypeError, "max_logits_bytes: expected an int or None, got 1.5"),
+        ({"max_logits_bytes": 0}, ValueError, "max_logits_bytes: expected at least 1, got 0"),
+        ({"skip_tolerance": "0"}, TypeError, "skip_tolerance: expected a number, got '0'"),
+        ({"skip_tolerance": 1.0, "recompute": True}, ValueError, r"skip_tolerance: expected a number in \[0, 1\), got 1.0"),
+        ({"skip_tolerance": 0.1}, ValueError, "skip_tolerance: expected recompute=True with it"),
+        (
+            {"skip_tolerance": 0.1, "recompute": True, "reduction": "none"},
+            ValueError,
+            'skip_tolerance: expected a reduction other than "none"',
+        ),
+        ({"skip_tolerance": 0.1, "recompute": True, "impl": "reference"}, ValueError, "skip_tolerance: expected impl"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    arguments = {
+        "input": torch.zeros(4, 3),
+        "linear_weight": torch.zeros(5, 3),
+        "target": torch.zeros(4, dtype=torch.long),
+        "emphasis": DM,
+    }
+    with pytest.raises(error, match=message):
+        linear_dm_loss(**arguments | change)
+
+
+def test_vmap_is_refused():
+    with pytest.raises(ValueError, match=r"input: expected a tensor outside torch\.vmap"):
+        torch.vmap(lambda x: linear_dm_loss(x, torch.zeros(5, 3), torch.zeros(4, dtype=torch.long), DM))(torch.zeros(2, 4, 3))
+
+
+def test_emphasis_report_takes_its_output():
+    x, w, _, target = layer(ignored=0)
+    output = linear_dm_loss(x, w, target, DM, return_output=True)
+    ours = emphasis_report(output, target)
+    theirs = emphasis_report(dm_loss(F.linear(x, w), target, DM, return_output=True), target)
+    assert str(ours) == str(theirs)

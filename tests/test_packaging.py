@@ -10,6 +10,8 @@ from pathlib import Path
 
 import distributions
 import pytest
+import torch
+from batches import device_of
 
 import fused_dm
 
@@ -92,3 +94,15 @@ def test_types_of_dm_loss_know_every_argument():
         assert list(parameters) == list(whole)
         for name in set(whole) - {"return_output"}:
             assert parameters[name] == whole[name], name
+
+
+def test_a_call_searches_for_no_module(monkeypatch):
+    """torch 2.11 cannot trace the search, and fullgraph compilation would fail there."""
+    logits, target = torch.randn(4, 5, device=device_of("triton")), torch.arange(4, device=device_of("triton"))
+    expected = fused_dm.dm_loss(logits, target, "cce", impl="triton")
+
+    def search(name, package=None):
+        raise AssertionError(f"searched for {name}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", search)
+    assert torch.equal(fused_dm.dm_loss(logits, target, "cce", impl="triton"), expected)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from batches import GPU, IMPLEMENTATIONS, device_of, make, run
@@ -43,3 +44,25 @@ def test_a_subnormal_gradient_that_is_multiplied_where_it_lies():
     compare("dlogits", dlogits, truth.dlogits, truth.allowed["dlogits"])
     subnormal = dlogits[0, 2].item() / truth.dlogits[0, 2].item()
     assert GPU or abs(subnormal - 1) < torch.finfo(torch.bfloat16).eps * 8
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_value_that_is_lost_below_the_smallest_normal_before_it_is_divided(impl):
+    """Of a batch of hopeless examples the value is 1e-34, made of terms of 1e-42 over a sum of weights of 1e-8."""
+    logits, target = make(8, 8, scale=0.0, margins=1e4, seed=29154)
+    check(*run(impl, logits, target, edf.DFT()), expected(logits, target, edf.DFT()))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [1, 200])
+def test_a_weight_that_vanishes_beside_1e_8_times_an_infinite_value(impl, rows):
+    """w = exp(-1000) of a label at -inf: the kernels, which sum relative to the largest weight, had inf * 0 = nan."""
+    logits = torch.tensor([[-math.inf, 0.0]]).repeat(rows, 1)
+    target = torch.zeros(rows, dtype=torch.int64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        output, dlogits = run(impl, logits, target, edf.DM(beta=-1000, lambd=0))
+    check(output, dlogits, expected(logits, target, edf.DM(beta=-1000, lambd=0)))
+    assert output.loss == 0
+    logits[0, 1] = math.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert run(impl, logits, target, edf.DM(beta=-1000, lambd=0), reduction="mean")[0].loss.isnan()

@@ -19,8 +19,8 @@ On top comes one unit in the last place of the storage dtype: half is what round
 stored rounded and scaled later, or stored by truncation as Triton's interpreter does in bf16, needs the other half.
 
 The absolute part is the smallest normal of fp32 (products flush to zero below it) or the smallest subnormal of the storage
-dtype, times the row's coefficient where that exceeds 1: a direction whose element is below the smallest normal has no
-digits, whatever it is multiplied by.
+dtype, times what is multiplied afterwards where that exceeds 1: a direction whose element is below the smallest normal has
+no digits, whatever the row's coefficient is, nor has a row's value, whatever it is divided by.
 """
 
 import math
@@ -191,7 +191,7 @@ def expected(
     tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
     if per_row or has_loss:
         values = {**options, "reduction": "none", "normalizer": None}
-        values = reference.dm_loss(logits.double(), target, emphasis, **values).loss
+        values = reference.dm_loss(logits.double(), target, emphasis, **values).loss.detach()
         scale = 1.0 if per_row else (loss.abs() / values.sum().abs()).nan_to_num(1, 1, 1)
     else:
         # c w / D times -log p: no weight overflows.
@@ -200,9 +200,13 @@ def expected(
         scale = 1.0
     one = torch.finfo(torch.float32).tiny
     value_error = values.abs() * (row_value + on_divisor) * u
+    # Every row's value may be lost below the smallest normal, and is then multiplied by c and 1 / D.
+    lost = torch.clamp(c.abs(), min=1) * one
+    if not per_row:
+        lost = torch.clamp(torch.where(counts, lost, 0).sum() * max(1.0, float(scale)), min=one)
     allowed = {
         "dlogits": (storage.eps + (row_gradient + on_divisor) * u) * dlogits.abs() + tiny * torch.clamp(k, min=1)[:, None],
-        "loss": (value_error if per_row else value_error.nan_to_num(0, 0, 0).sum() * scale) + u * loss.abs() + one,
+        "loss": (value_error if per_row else value_error.nan_to_num(0, 0, 0).sum() * scale) + u * loss.abs() + lost,
         "example_weight": (row + on_divisor + 1) * u * exact.example_weight.abs() + one,
         "target_prob": ((BASE + 2 * reach) * u + torch.expm1(moved["prob"])) * exact.target_prob + one,
         "sum_weight": (divisor + BASE) * u * exact.sum_weight.abs() + one,

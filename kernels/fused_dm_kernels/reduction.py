@@ -9,6 +9,12 @@ LOG_FLOOR = tl.constexpr(-18.420680743952367)
 
 
 @triton.jit
+def rescaled(value, scale):
+    """value scale, and 0 where the scale is 0 and the value infinite: a weight of 0 times any -log p is 0."""
+    return tl.where((scale == 0.0) & (value == value), 0.0, value * scale)
+
+
+@triton.jit
 def fold(top, weights, values, more_top, more_weights, more_values, LOSS: tl.constexpr):
     """The batch sums of two sets of rows as those of one, in fp64."""
     more_top = more_top.to(tl.float64)
@@ -18,7 +24,7 @@ def fold(top, weights, values, more_top, more_weights, more_values, LOSS: tl.con
     scale, more_scale = tl.exp(top - base), tl.exp(more_top - base)
     weights = weights * scale + more_weights.to(tl.float64) * more_scale
     if LOSS is None:
-        values = values * scale + more_values.to(tl.float64) * more_scale
+        values = rescaled(values, scale) + rescaled(more_values.to(tl.float64), more_scale)
     else:
         values += more_values.to(tl.float64)
     return joint, weights, values
@@ -36,7 +42,7 @@ def store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dty
     scale = tl.exp(top - joint)
     relative_sum = weights * scale + tl.exp(floor - joint)
     if LOSS is None:
-        values *= scale
+        values = rescaled(values, scale)
     if normalizer_ptr is None:
         log_scale = joint
         divisor = relative_sum
@@ -82,6 +88,6 @@ def totals_kernel(
         weights += scale * tl.load(partials_ptr + at + P, mask=inside, other=0.0).to(tl.float64)
         value = tl.load(partials_ptr + at + 2 * P, mask=inside, other=0.0).to(tl.float64)
         if LOSS is None:
-            value *= scale
+            value = rescaled(value, scale)
         values += value
     store_totals(top, tl.sum(weights, 0), tl.sum(values, 0), normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)

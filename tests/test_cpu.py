@@ -1,0 +1,201 @@
+"""The CPU implementation's blocks and threads: they change nothing but the time."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from batches import DTYPES, make, run
+from tolerance import check, expected
+
+from fused_dm import _cpu, dm_loss, edf
+
+DM = edf.DM(beta=8, lambd=0.5)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(_cpu, "SHARED_BLOCK_ELEMENTS", 2500)
+    monkeypatch.setattr(_cpu, "WIDE_BLOCK_ELEMENTS", 3000)
+    monkeypatch.setattr(_cpu, "PIECE_ROWS", 64)
+
+
+# (B, V, d1, ...), each with its reason, for blocks of 2000 elements.
+SPATIAL = {
+    "planes are cut, with a rest": (3, 21, 10, 23),
+    "several planes a block, with a rest": (7, 5, 8, 20),
+    "few positions, transposed within blocks": (9, 300, 3),
+    "a row longer than a block": (2, 2100, 17),
+    "one position": (4, 50, 1),
+    "no positions": (4, 50, 0),
+    "one class": (3, 1, 40),
+}
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+
+
+@pytest.mark.usefixtures("small_blocks")
+class TestSpatial:
+    @pytest.mark.parametrize("shape", SPATIAL.values(), ids=SPATIAL)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 3.0}], ids=str)
+    def test_equals_the_reference_of_its_rows(self, shape, dtype, options):
+        rows = make(torch.Size(shape).numel() // shape[1], shape[1], dtype, ignored=0.2)
+        where = (shape[0], *shape[2:])
+        logits = rows.logits.view(*where, shape[1]).movedim(-1, 1).contiguous()
+        output, dlogits = run("cpu", logits, rows.target.view(where), DM, **options)
+        assert dlogits.shape == logits.shape
+        flat = [value if value.dim() == 0 else value.reshape(-1) for value in output]
+        check(type(output)(*flat), as_rows(dlogits), expected(*rows, DM, **options))
+
+    def test_ignored_positions_that_hold_nan(self):
+        logits = torch.randn(2, 5, 700)
+        target = torch.randint(5, (2, 700))
+        target[1, 3] = -100
+        logits[1, :, 3] = torch.nan
+        _, dlogits = run("cpu", logits, target, DM)
+        assert (dlogits[1, :, 3] == 0).all()
+        assert dlogits.isfinite().all()
+
+    def test_strided_planes(self):
+        wide = torch.randn(4, 9, 12, 30)
+        target = torch.randint(9, (4, 12, 15))
+        _, strided = run("cpu", wide[..., ::2], target, DM)
+        _, packed = run("cpu", wide[..., ::2].contiguous(), target, DM)
+        assert torch.equal(strided, packed)
+
+    def test_the_gradient_lies_in_memory_as_the_logits_do(self):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            logits = torch.randn(2, 5, 6, 7).to(memory_format=memory_format).requires_grad_()
+            (dlogits,) = torch.autograd.grad(dm_loss(logits, torch.randint(5, (2, 6, 7)), DM), logits)
+            assert dlogits.is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize("shape", [(40, 37, 50), (400, 300, 3)])
+    def test_nothing_of_the_logits_size_is_transposed(self, shape, monkeypatch):
+        """All memory that the pass allocates, beside the gradient, is of the order of rows and blocks."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        sizes = []
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor):
+                    sizes.append((out.untyped_storage().data_ptr(), out.untyped_storage().nbytes(), str(function)))
+                return out
+
+        logits, target = torch.randn(shape), torch.randint(shape[1], (shape[0], shape[2]))
+        with Sizes():
+            _, _, dlogits = _cpu.direction(logits, target.reshape(-1), -100)
+            _cpu.scale_rows_(dlogits, torch.ones(target.numel()))
+        own = {logits.untyped_storage().data_ptr(), dlogits.untyped_storage().data_ptr()}
+        large = [size for size in sizes if size[0] not in own and size[1] > max(4 * 2000, 8 * target.numel())]
+        assert logits.nbytes > 8 * max(4 * 2000, 8 * target.numel())
+        assert not large
+
+
+@pytest.mark.usefixtures("small_blocks", "two_threads")
+class TestThreads:
+    @pytest.mark.parametrize("shape", [(101, 90), (3, 5000)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_same_bits_for_any_number(self, shape, dtype):
+        logits = torch.randn(shape).to(dtype)
+        target = torch.randint(shape[1], (shape[0], *shape[2:]))
+        several = run("cpu", logits, target, DM)
+        torch.set_num_threads(1)
+        one = run("cpu", logits, target, DM)
+        assert torch.equal(one[1], several[1])
+        assert all(torch.equal(a, b) for a, b in zip(one[0], several[0], strict=True))
+
+    def test_same_bits_every_time(self):
+        logits, target = torch.randn(6, 17, 230), torch.randint(17, (6, 230))
+        first, again = (run("cpu", logits, target, DM)[1] for _ in range(2))
+        assert torch.equal(first, again)
+
+    def test_they_work(self, monkeypatch):
+        """Both threads take blocks: the first of each waits for the other's."""
+        met = threading.Barrier(2, timeout=30)
+        taken = set()
+        scratch = _cpu._Blocks.scratch
+
+        def meet(self, dtype):
+            taken.add(threading.get_ident())
+            met.wait()
+            return scratch(self, dtype)
+
+        monkeypatch.setattr(_cpu._Blocks, "scratch", meet)
+        _cpu.margin(torch.randn(200, 100), torch.zeros(200, dtype=torch.int64), -100)
+        assert len(taken) == 2
+
+    def test_the_number_of_threads_is_left_alone(self):
+        run("cpu", *make(101, 90), DM)
+        assert torch.get_num_threads() == 2
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert seen == [2]
+
+    def test_a_failure_in_any_thread_is_raised(self, monkeypatch):
+        def fail(self, dtype):
+            raise MemoryError("no scratch")
+
+        monkeypatch.setattr(_cpu._Blocks, "scratch", fail)
+        with pytest.raises(MemoryError, match="no scratch"):
+            dm_loss(*make(101, 90), DM)
+        assert torch.get_num_threads() == 2
+
+    @pytest.mark.parametrize("emphasis", [DM, lambda log_p, log_q: 2 * log_q], ids=["built in", "custom"])
+    def test_a_tracer_sees_everything(self, emphasis):
+        """What a mode records of the computation on rows does not depend on the threads, and replays to the same values."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        logits, target = make(200, 30)
+        traced = make_fx(lambda z: dm_loss(z, target, emphasis))(logits)
+        other = make(200, 30, seed=1).logits
+        assert traced(other).item() == dm_loss(other, target, emphasis).item()
+
+    def test_inference_mode(self):
+        batch = make(101, 90)
+        with torch.inference_mode():
+            inside = dm_loss(*batch, DM)
+        assert inside.item() == dm_loss(*batch, DM).item()
+
+    def test_called_from_several_threads_at_once(self):
+        batches = [make(101, 90, seed=seed) for seed in range(4)]
+        alone = [run("cpu", *batch, DM)[1] for batch in batches]
+        together: dict[int, torch.Tensor] = {}
+        callers = [threading.Thread(target=lambda i=i: together.update({i: run("cpu", *batches[i], DM)[1]})) for i in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert all(torch.equal(alone[i], together[i]) for i in range(4))
+
+    @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this platform")
+    def test_after_a_fork(self):
+        """A forked child has none of the threads and starts its own. (Torch's own parallel regions may hang there.)"""
+        run("cpu", *make(101, 90), DM)
+        assert _cpu._pool is not None
+        child = multiprocessing.get_context("fork").Process(target=_in_the_child)
+        child.start()
+        child.join(30)
+        if child.is_alive():
+            child.kill()
+        assert child.exitcode == 0
+
+
+def _in_the_child() -> None:
+    assert _cpu._pool is None
+    assert _cpu._workers().submit(lambda: "done").result(20) == "done"
