@@ -27,12 +27,14 @@ def _unit(logits: Tensor) -> int:
     return unit if logits.shape[1] % unit == 0 and logits.stride(0) % unit == 0 else 1
 
 
-def tile(classes: int, itemsize: int, keep: bool) -> dict[str, int]:
+def tile(classes: int, itemsize: int, keep: bool, capped: bool = False) -> dict[str, int]:
     """BLOCK_N, BLOCK_V and num_warps: several rows a program for few classes, one row in blocks for many.
 
     `keep` is for the fused kernel, which keeps a block in registers. A row of up to 64 KiB is then read once; longer rows take
-    wide programs, so that few rows are in flight and the second read finds them in L2. More in registers spills.
+    wide programs, so that few rows are in flight and the second read finds them in L2. More in registers spills, and for a
+    softcap, whose slope comes on top, more than a quarter of that does.
     """
+    itemsize *= 4 if capped and keep else 1
     width = triton.next_power_of_2(max(16, classes))
     if keep and width > 4096:
         registers = 65536 // itemsize
@@ -112,7 +114,8 @@ def loss_and_rows(
     """Loss (), rows (7, N) and totals (3,), with dlogits (N, V) for dloss = 1 written to `out` if given: two launches."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
     dtype = compute_dtype(logits.dtype)
-    config = tile(logits.shape[1], logits.element_size(), keep=out is not None)
+    capped = transform is not None and transform.shape[0] == 2
+    config = tile(logits.shape[1], logits.element_size(), keep=out is not None, capped=capped)
     programs = triton.cdiv(rows, config["BLOCK_N"])
     buffer = logits.new_empty((7, rows), dtype=dtype)
     partials = logits.new_empty((3, programs), dtype=dtype)
