@@ -32,7 +32,7 @@ def tile(classes: int, itemsize: int, keep: bool, capped: bool = False) -> dict[
 
     `keep` is for the fused kernel, which keeps a block in registers. A row of up to 64 KiB is then read once; longer rows take
     wide programs, so that few rows are in flight and the second read finds them in L2. More in registers spills, and for a
-    softcap, whose slope comes on top, more than a quarter of that does.
+    softcap, whose slope comes on top, more than a quarter of that does, or half of a tile of several rows.
     """
     itemsize *= 4 if capped and keep else 1
     width = triton.next_power_of_2(max(16, classes))
@@ -41,7 +41,12 @@ def tile(classes: int, itemsize: int, keep: bool, capped: bool = False) -> dict[
         block_v = width if width <= registers else min(16384, registers)
         return {"BLOCK_N": 1, "BLOCK_V": block_v, "num_warps": max(8, min(16, block_v * itemsize // 2048))}
     block_v = min(width, 4096)
-    return {"BLOCK_N": min(128, 4096 // block_v), "BLOCK_V": block_v, "num_warps": 8 if block_v >= 2048 else 4}
+    elements = 2048 if capped else 4096
+    return {
+        "BLOCK_N": max(1, min(128, elements // block_v)),
+        "BLOCK_V": block_v,
+        "num_warps": 8 if block_v >= 2048 else 4,
+    }
 
 
 def _sizes(logits: Tensor) -> dict[str, int]:
@@ -55,9 +60,13 @@ def _sizes(logits: Tensor) -> dict[str, int]:
     }
 
 
+def _capped(transform: Tensor | None) -> bool:
+    return transform is not None and transform.shape[0] == 2
+
+
 def _transform(transform: Tensor | None) -> dict:
-    """Scale and cap of the logits, see `fused_dm._api`, as the kernels take them."""
-    return {"transform_ptr": transform, "CAPPED": transform is not None and transform.shape[0] == 2}
+    """Scale and cap of the logits, see _operators.py, as the kernels take them."""
+    return {"transform_ptr": transform, "CAPPED": _capped(transform)}
 
 
 def _family(family: str) -> dict:
@@ -67,10 +76,10 @@ def _family(family: str) -> dict:
     return {"LOG_WEIGHT": log_weight, "LOSS": loss}
 
 
-def _spans(logits: Tensor, whole_rows: bool) -> tuple[tuple[int], dict[str, int]]:
+def _spans(logits: Tensor, whole_rows: bool, capped: bool = False) -> tuple[tuple[int], dict[str, int]]:
     """Grid and tile of a launch that needs no reduction, and so may cut rows where there are too few to fill a GPU."""
     rows, classes = logits.shape
-    config = tile(classes, logits.element_size(), keep=False)
+    config = tile(classes, logits.element_size(), keep=False, capped=capped)
     blocks = triton.cdiv(classes, config["BLOCK_V"])
     tiles = triton.cdiv(rows, config["BLOCK_N"])
     blocks_a_program = blocks if whole_rows else triton.cdiv(blocks, max(1, triton.cdiv(2048, tiles)))
@@ -85,7 +94,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor 
     statistics = logits.new_empty((3, rows), dtype=dtype)
     margins = logits.new_empty(rows, dtype=dtype)
     if rows:
-        config = tile(logits.shape[1], logits.element_size(), keep=False)
+        config = tile(logits.shape[1], logits.element_size(), keep=False, capped=_capped(transform))
         with _device(logits):
             kernels.margin_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
                 logits_ptr=logits,
@@ -114,8 +123,7 @@ def loss_and_rows(
     """Loss (), rows (7, N) and totals (3,), with dlogits (N, V) for dloss = 1 written to `out` if given: two launches."""
     logits, rows = _rows_contiguous(logits), logits.shape[0]
     dtype = compute_dtype(logits.dtype)
-    capped = transform is not None and transform.shape[0] == 2
-    config = tile(logits.shape[1], logits.element_size(), keep=out is not None, capped=capped)
+    config = tile(logits.shape[1], logits.element_size(), keep=out is not None, capped=_capped(transform))
     programs = triton.cdiv(rows, config["BLOCK_N"])
     buffer = logits.new_empty((7, rows), dtype=dtype)
     partials = logits.new_empty((3, programs), dtype=dtype)
@@ -178,7 +186,7 @@ def gradient(
     logits = _rows_contiguous(logits)
     dlogits = logits.new_empty(logits.shape) if out is None else out
     if logits.numel():
-        grid, config = _spans(logits, whole_rows=skip_one)
+        grid, config = _spans(logits, whole_rows=skip_one, capped=_capped(transform))
         dloss = dloss.contiguous()
         sizes = _sizes(logits)
         with _device(logits):

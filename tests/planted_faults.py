@@ -103,10 +103,36 @@ FAULTS = [
     Fault("module: the schedule does not arrive", "fused_dm/_api.py", "self.emphasis_params.copy_(torch.tensor((self.eps, *density.params), dtype=torch.float64))", "pass"),
     Fault("module: parameters cast with the module", "fused_dm/_api.py", "self.emphasis_params = params.to(device)", "pass"),
     Fault("spatial: classes not moved last", "fused_dm/_api.py", "logits.movedim(1, -1).reshape(-1, logits.shape[1])", "logits.reshape(-1, logits.shape[1])"),
+    # Transforms of the logits
+    Fault("transform: slope left out of the gradient", f"{KERNELS}/gradient.py", "gradient_of(exps, cols, target, k, row_sum) * slope", "gradient_of(exps, cols, target, k, row_sum)"),
+    Fault("transform: slope left out of the last block", f"{KERNELS}/fused.py", "        gradient *= slope\n", "        gradient *= 1.0\n"),
+    Fault("transform: label as it is", f"{KERNELS}/rows.py", "    logit, _ = transformed(logit, transform_ptr, CAPPED)\n", ""),
+    Fault("transform: lanes outside finite under a softcap", f"{KERNELS}/rows.py", "return tl.where(inside, logits, -INF), slope", "return logits, slope"),
+    Fault("transform: slope as 1 - tanh^2", f"{KERNELS}/numerics.py", "4.0 * e * share * share", "1.0 - size * size"),
+    Fault("transform: tanh cancels near 0", f"{KERNELS}/numerics.py", "size = -expm1_negative(y) * share", "size = (1.0 - e) * share"),
+    Fault("CPU: slope without the scale", "fused_dm/_cpu.py", ".square_().mul_(transform[0])", ".square_()"),
+    # The last layer and the loss together
+    Fault("linear: the first block is added to what was there", "fused_dm/_linear_blocks.py", "out, beta = self.weight, 0 if first else 1", "out, beta = self.weight, 1"),
+    Fault("linear: every block overwrites the weight's gradient", "fused_dm/_linear_blocks.py", "out, beta = self.weight, 0 if first else 1", "out, beta = self.weight, 0"),
+    Fault("linear: what is accumulated does not follow the maximum", "fused_dm/_linear_blocks.py", "            products.shrink(_shrinkage(top, new), impl)\n", "            pass\n"),
+    Fault("linear: input's gradient does not follow the maximum", "fused_dm/_linear_blocks.py", "products.input[at] *= _shrinkage(then, top)", "products.input[at] *= 1"),
+    Fault("linear: the last rows are dropped", "fused_dm/_linear_blocks.py", "for start in range(0, rows, max(1, height)):", "for start in range(0, rows - height + 1, max(1, height)):"),
+    Fault("linear: bias left out", "fused_dm/_linear_blocks.py", "torch.addmm(layer.bias, layer.input[at], layer.weight.t(), out=block)", "torch.mm(layer.input[at], layer.weight.t(), out=block)"),
+    Fault("linear: row weights of the first block for all", "fused_dm/_linear_blocks.py", "row_weight = None if weighting.row_weight is None else weighting.row_weight[rows]", "row_weight = None if weighting.row_weight is None else weighting.row_weight[: len(margin)]"),
+    Fault("linear: divisor forgotten", "fused_dm/_linear.py", "factor = torch.exp(reference_log - totals.log_scale) / totals.divisor.to(margin.dtype)", "factor = torch.exp(reference_log - totals.log_scale)"),
+    Fault("linear: reference forgotten", "fused_dm/_linear.py", "factor = torch.exp(reference_log - totals.log_scale)", "factor = torch.exp(-totals.log_scale)"),
+    Fault("linear: dloss ignored", "fused_dm/_linear_operators.py", "    factor = factor * dvalue\n", ""),
+    Fault("linear: a second backward on used buffers", "fused_dm/_linear_operators.py", "    ctx.consumed = True", "    ctx.consumed = False"),
+    Fault("linear: skipping more than the tolerance", "fused_dm/_linear.py", "<= int(tolerance * SHARES)", "<= 2 * int(tolerance * SHARES)"),
+    Fault("linear: the largest rows are skipped", "fused_dm/_linear.py", "torch.sort(share, stable=True)", "torch.sort(share, stable=True, descending=True)"),
+    Fault("linear: input's gradient in the order of the rows kept", "fused_dm/_linear_operators.py", "return dinput if kept is None else _spread_rows(dinput, kept, rows), dweight, dbias", "return dinput if kept is None else torch.cat([dinput, dinput.new_zeros((rows - len(dinput), *dinput.shape[1:]))]), dweight, dbias"),
+    Fault("linear: accumulated in 16 bits", "fused_dm/_linear_blocks.py", "        self.dtype = compute_dtype(layer.input.dtype)\n", "        self.dtype = layer.input.dtype\n"),
+    Fault("linear: fp16 without its unit", "fused_dm/_linear_operators.py", "        dmargin = dmargin / unit\n", ""),
 ]  # fmt: skip
 
 # Quickest first; the slow ones about compilers, packaging and training notice nothing here.
 TESTS = ["test_edges", "test_reference", "test_margin", "test_loss", "test_traffic", "test_operators", "test_arguments"]
+TESTS += ["test_transform", "test_linear"]
 
 
 def plant(fault: Fault, folder: Path) -> None:
