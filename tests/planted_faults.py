@@ -136,7 +136,6 @@ FAULTS = [
     Fault("operators: no gradient wanted, but written", "fused_dm/_loss.py", "return torch.is_grad_enabled() and (logits.requires_grad or", "return torch.is_grad_enabled() and (True or"),
     Fault("operators: fp16 gradients written before their scale is known", "fused_dm/_loss.py", "IN_FORWARD = (torch.float32, torch.bfloat16)", "IN_FORWARD = (torch.float32, torch.bfloat16, torch.float16)"),
     Fault("operators: batches of vmap share a buffer", "fused_dm/_loss.py", "shares = _validation.is_batched(problem.logits)", "shares = False"),
-    # Long rows
     # EDFs
     Fault("EDF: focal weight without its own 1", f"{KERNELS}/densities.py", "return LN2 + (gamma + 1.0) * log_q", "return LN2 + gamma * log_q"),
     Fault("EDF: focal weight of a certain example", f"{KERNELS}/densities.py", "share = tl.where(certain, 1.0, share)", "share = tl.where(certain, 0.0, share)"),
@@ -150,6 +149,31 @@ FAULTS = [
     Fault("EDF: members of a composition read one another's parameters", "fused_dm/edf/_density.py", "            at += count\n        return values", "            at += 0\n        return values"),
     Fault("EDF: a factor lost", "fused_dm/edf/_density.py", "return log(params[0]) + self.part.forms.log_weight(", "return 0 * log(params[0]) + self.part.forms.log_weight("),
     Fault("schedule: one step late", "fused_dm/schedules.py", "self._criterion[0].set_emphasis(self.emphasis_at(self.last_step))", "self._criterion[0].set_emphasis(self.emphasis_at(max(0, self.last_step - 1)))"),
+    # Transforms of the logits
+    Fault("transform: slope left out of the gradient", f"{KERNELS}/gradient.py", "gradient_of(exps, cols, target, k, row_sum) * slope", "gradient_of(exps, cols, target, k, row_sum)"),
+    Fault("transform: slope left out of the last block", f"{KERNELS}/fused.py", "        gradient *= slope\n", "        gradient *= 1.0\n"),
+    Fault("transform: label as it is", f"{KERNELS}/rows.py", "    logit, _ = transformed(logit, transform_ptr, CAPPED)\n", ""),
+    Fault("transform: lanes outside finite under a softcap", f"{KERNELS}/rows.py", "return tl.where(inside, logits, -INF), tl.where(inside, slope, 0.0)", "return logits, slope"),
+    Fault("transform: slope as 1 - tanh^2", f"{KERNELS}/numerics.py", "4.0 * e * share * share", "1.0 - size * size"),
+    Fault("transform: tanh cancels near 0", f"{KERNELS}/numerics.py", "size = -expm1_negative(y) * share", "size = (1.0 - e) * share"),
+    Fault("CPU: slope without the scale", "fused_dm/_cpu.py", ".square_().mul_(transform[0])", ".square_()"),
+    # The last layer and the loss together
+    Fault("linear: the first block is added to what was there", "fused_dm/_linear_blocks.py", "out, beta = self.weight, 0 if first else 1", "out, beta = self.weight, 1"),
+    Fault("linear: every block overwrites the weight's gradient", "fused_dm/_linear_blocks.py", "out, beta = self.weight, 0 if first else 1", "out, beta = self.weight, 0"),
+    Fault("linear: what is accumulated does not follow the maximum", "fused_dm/_linear_blocks.py", "            products.shrink(_shrinkage(top, new), impl)\n", "            pass\n"),
+    Fault("linear: input's gradient does not follow the maximum", "fused_dm/_linear_blocks.py", "products.input[at] *= _shrinkage(then, top)", "products.input[at] *= 1"),
+    Fault("linear: the last rows are dropped", "fused_dm/_linear_blocks.py", "for start in range(0, rows, max(1, height)):", "for start in range(0, rows - height + 1, max(1, height)):"),
+    Fault("linear: bias left out", "fused_dm/_linear_blocks.py", "torch.addmm(layer.bias, layer.input[at], layer.weight.t(), out=block)", "torch.mm(layer.input[at], layer.weight.t(), out=block)"),
+    Fault("linear: row weights of the first block for all", "fused_dm/_linear_blocks.py", "row_weight = None if weighting.row_weight is None else weighting.row_weight[rows]", "row_weight = None if weighting.row_weight is None else weighting.row_weight[: len(margin)]"),
+    Fault("linear: divisor forgotten", "fused_dm/_linear.py", "factor = torch.exp(reference_log - totals.log_scale) / totals.divisor.to(margin.dtype)", "factor = torch.exp(reference_log - totals.log_scale)"),
+    Fault("linear: reference forgotten", "fused_dm/_linear.py", "factor = torch.exp(reference_log - totals.log_scale)", "factor = torch.exp(-totals.log_scale)"),
+    Fault("linear: dloss ignored", "fused_dm/_linear_operators.py", "    factor = factor * dvalue\n", ""),
+    Fault("linear: a second backward on used buffers", "fused_dm/_linear_operators.py", "    ctx.consumed = True", "    ctx.consumed = False"),
+    Fault("linear: skipping more than the tolerance", "fused_dm/_linear.py", "<= int(tolerance * SHARES)", "<= 2 * int(tolerance * SHARES)"),
+    Fault("linear: the largest rows are skipped", "fused_dm/_linear.py", "torch.sort(share, stable=True)", "torch.sort(share, stable=True, descending=True)"),
+    Fault("linear: input's gradient in the order of the rows kept", "fused_dm/_linear_operators.py", "return dinput if kept is None else _spread_rows(dinput, kept, rows), dweight, dbias", "return dinput if kept is None else torch.cat([dinput, dinput.new_zeros((rows - len(dinput), *dinput.shape[1:]))]), dweight, dbias"),
+    Fault("linear: accumulated in 16 bits", "fused_dm/_linear_blocks.py", "        self.dtype = compute_dtype(layer.input.dtype)\n", "        self.dtype = layer.input.dtype\n"),
+    Fault("linear: fp16 without its unit", "fused_dm/_linear_operators.py", "        dmargin = dmargin / unit\n", ""),
 ]  # fmt: skip
 
 # Quickest first; the slow ones about compilers, packaging and training notice nothing here.
@@ -169,6 +193,8 @@ TESTS = [
     "test_schedules",
     "test_operators",
     "test_transforms",
+    "test_softcap",
+    "test_linear",
     "test_regressions",
     "test_promises",
 ]
@@ -180,6 +206,8 @@ FIRST = {
     "module": ["test_schedules", "test_operators"],
     "operators": ["test_operators", "test_transforms"],
     "CPU": ["test_cpu"],
+    "transform": ["test_softcap"],
+    "linear": ["test_linear"],
 }
 
 

@@ -139,9 +139,11 @@ def test_weights_of_any_sign(impl, dtype, reduction):
     weight[::5] = 0
     sample_weight = torch.randn(40, generator=generator) + 1
     sample_weight[::7] = 0
+    # Blocks of seven rows, each of which has row weights of its own.
+    blocks = [mode | {"max_logits_bytes": 7 * 12 * x.element_size()} for mode in (MODES["accumulated"], MODES["recomputed"])]
     for options in ({"weight": weight}, {"sample_weight": sample_weight}, {"weight": weight, "sample_weight": sample_weight}):
         for emphasis in (DM, edf.CCE()):
-            verify(impl, (x, w, b, target), emphasis, reduction=reduction, **options)
+            verify(impl, (x, w, b, target), emphasis, None, blocks, reduction=reduction, **options)
 
 
 @pytest.mark.parametrize("impl", FUSED)

@@ -77,6 +77,14 @@ def test_slope_of_saturated_logits(impl, options):
 
 
 @pytest.mark.parametrize("impl", FUSED)
+def test_small_logits_under_a_large_softcap(impl):
+    """1 - exp(-2 x) has lost the digits of a small x, and the softcap multiplies what is left of them."""
+    logits, target = make(4, 50, scale=0.1, margins=1.0)
+    truth = expected(logits, target, DM, softcap=1e4)
+    check(*run(impl, logits, target, DM, softcap=1e4), truth)
+
+
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("options", [{}, {"reduction": "mean"}, {"reduction": "none"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place(impl, options, dtype):
