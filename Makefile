@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OTHER_TRITON := 3.6.0
 OTHER_TRITON_PATH := $(VENV)/triton-$(OTHER_TRITON)
 
-.PHONY: demo language-model test lint faults fuzz package bench clean
+.PHONY: demo language-model test lint faults fuzz package compile-table bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/noisy_labels.py
@@ -39,6 +39,11 @@ fuzz: $(VENV)/.dev
 # Builds and installs the distributions elsewhere, on Python 3.12 too: PACKAGE_ARGS="--python312 PATH --workdir FOLDER".
 package: $(VENV)/.dev
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/distributions.py $(PACKAGE_ARGS)
+
+# Every kernel for every target, by both versions of Triton: 10 minutes.
+compile-table: $(VENV)/.dev $(OTHER_TRITON_PATH)
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.compile_table > bench/results/compile_table-3.7.1.txt
+	PYTHONPATH=$(OTHER_TRITON_PATH):.:kernels $(BIN)/python -m bench.compile_table > bench/results/compile_table-$(OTHER_TRITON).txt
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.cpu

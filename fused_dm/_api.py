@@ -114,8 +114,10 @@ def _rows_of(logits: Tensor, impl: str) -> Tensor:
         return logits.unsqueeze(0)
     if logits.dim() == 2:
         return logits
+    if impl == "triton" and logits.numel():
+        return logits.flatten(2)
     rows = logits.movedim(1, -1)
-    if logits.numel() and (impl == "triton" or (impl == "cpu" and not rows.is_contiguous())):
+    if impl == "cpu" and logits.numel() and not rows.is_contiguous():
         return logits.flatten(2)
     return rows.reshape(-1, logits.shape[1])
 
@@ -214,6 +216,8 @@ def dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
     inplace: bool = False,
     return_output: Literal[False] = False,
     label_smoothing: float = 0.0,
@@ -233,6 +237,8 @@ def dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
     inplace: bool = False,
     return_output: Literal[True],
     label_smoothing: float = 0.0,
@@ -252,6 +258,8 @@ def dm_loss(
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
     eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
     inplace: bool = False,
     return_output: bool,
     label_smoothing: float = 0.0,

@@ -26,7 +26,9 @@ TINY = [study.Case(8, 100, "bfloat16"), study.Case(5, 30, "float32")]
 
 def call(module: str, *arguments: str) -> subprocess.CompletedProcess:
     places = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    # A process of pytest's own is not one of xdist's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
