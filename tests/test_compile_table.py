@@ -1,7 +1,7 @@
 """Every kernel compiled, and its machine code held to the bounds of bench.compile_table.
 
-Here for sm_90 and gfx942; `make compile-table` does it for sm_80 and sm_100 as well. The compiler is the installed Triton and, where
-FUSED_DM_OTHER_TRITON names a folder that holds one, that too: what one version accepts is no evidence for another.
+Here for sm_90 and gfx942; `make compile-table` does it for sm_80 and sm_100 as well. The compiler is the installed Triton and,
+where FUSED_DM_OTHER_TRITON names a folder that holds one, that too: what one version accepts is no evidence for another.
 """
 
 import os
