@@ -13,6 +13,7 @@ The largest error of all cases, as a share of the bound, shows how much room the
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -33,6 +34,7 @@ from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from interpreter import bounds
+from launches import WAYS, forced
 from strategies import PARAMETERS, from_breaks, of_kind
 from tolerance import Expected, check, compute_dtype, expected, shares
 
@@ -112,6 +114,9 @@ class Case:
     eps: float | None
     dloss: float
     path: str  # fused, margin, in place
+    way: str | None  # to launch the kernels; None for what the sizes choose
+    softcap: float | None
+    logit_scale: float | None
 
     def options(self) -> dict:
         return {
@@ -121,6 +126,8 @@ class Case:
             "reduction": self.reduction,
             "normalizer": self.normalizer if self.reduction == "sum" else None,
             "eps": self.eps,
+            **({} if self.softcap is None else {"softcap": self.softcap}),
+            **({} if self.logit_scale is None else {"logit_scale": self.logit_scale}),
         }
 
 
@@ -149,6 +156,9 @@ CASES = st.builds(
     eps=st.sampled_from([None, None, 0.0, 1e-6, 0.1]),
     dloss=st.sampled_from([1.0, 1.0, 0.0, -2.0, 0.37]),
     path=st.sampled_from(["fused", "margin", "in place"]),
+    way=st.sampled_from([None, None, *WAYS]),
+    softcap=st.sampled_from([None, None, None, 1.0, 30.0]),
+    logit_scale=st.sampled_from([None, None, None, 0.3, 2.0]),
 )
 
 
@@ -260,12 +270,22 @@ def run_case(case: Case) -> None:
     if case.path == "margin" and options["eps"] is None:
         options["eps"] = 0.0 if case.emphasis.has_loss else 1e-6
     emphasis = case.emphasis.log_weight if case.path == "margin" else case.emphasis
-    margins = reference.margin(logits.double(), target, case.ignore_index)
+    seen_by_loss = logits.double() * (1.0 if case.logit_scale is None else case.logit_scale)
+    if case.softcap is not None:
+        seen_by_loss = case.softcap * torch.tanh(seen_by_loss / case.softcap)
+    margins = reference.margin(seen_by_loss, target, case.ignore_index)
     # A row whose margin is that of a jump may have either weight.
     assume(not (from_breaks(case.emphasis, margins) < 0.01 * (1 + margins.abs())).any())
     if case.reduction != "sum_weight":
         log_p, log_q = (torch.nn.functional.logsigmoid(sign * margins).clamp(min=-1e30) for sign in (1, -1))
         assume(not (case.emphasis.log_weight(log_p, log_q) > LARGEST_LOG_WEIGHT).any())
+    tied = torch.zeros(case.rows, dtype=torch.bool)
+    if case.softcap is not None:
+        label = torch.where(target == case.ignore_index, 0, target).long()[:, None]
+        others = seen_by_loss.scatter(1, label, -math.inf).amax(1)
+        tied = (seen_by_loss.gather(1, label)[:, 0] - others).abs() <= 16 * torch.finfo(
+            compute_dtype(case.dtype)
+        ).eps * case.softcap
     upstream = torch.tensor(case.dloss, dtype=compute_dtype(case.dtype)).expand(
         logits.shape[0] if case.reduction == "none" else ()
     )
@@ -273,16 +293,25 @@ def run_case(case: Case) -> None:
     tiny = torch.finfo(torch.float32 if case.dtype != torch.float64 else torch.float64).max
     for value in (truth.loss, truth.example_weight, truth.sum_weight):
         assume(not (value.abs() > 0.1 * tiny).any() or bool(value[~value.isfinite()].isnan().all()))
-    for impl in ("reference", "cpu", "triton"):
+    # The reference has 1 - tanh^2 by autograd, without digits where it has saturated.
+    impls = ("cpu", "triton") if case.softcap is not None else ("reference", "cpu", "triton")
+    for impl in impls:
         note(f"impl={impl}")
-        with np.errstate(invalid="ignore", over="ignore"):  # the interpreter's inf - inf, which gives a row its nan
+        way = forced(case.way) if impl == "triton" and case.way else contextlib.nullcontext()
+        # The interpreter's inf - inf, which gives a row its nan.
+        with way, np.errstate(invalid="ignore", over="ignore"):
             output, gradient = call(impl, case, emphasis, logits, target, dict(options))
+        # Under a softcap what rounds to the cap is a tie.
+        output = output._replace(correct=torch.where(tied, truth.correct, output.correct.cpu()))
         known, gradient = compared(truth, gradient, case)
         for name, share in shares(output, gradient, known).items():
             key = (impl, str(case.dtype).removeprefix("torch."), name)
             largest[key] = max(largest[key], share)
         check(output, gradient, known)
     seen[case.path] += 1
+    seen[f"launch: {case.way or 'chosen'}"] += 1
+    seen["softcap" if case.softcap else "no softcap"] += 1
+    seen["scale" if case.logit_scale else "no scale"] += 1
     seen[case.layout] += 1
     seen[str(case.dtype)] += 1
     seen[type(case.emphasis).__name__] += 1

@@ -233,7 +233,9 @@ def _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error
         x = x / float(softcap)
         capped, slope = float(softcap) * torch.tanh(x), scale / torch.cosh(x).square()
         of_slope = (8 + 6 * x.abs()) * u + torch.expm1(2 * off / float(softcap))
-    error = off + 7 * u * capped.abs()
+    # An infinite logit is what it is, and a slope of 0 too.
+    of_slope = torch.where(slope == 0, 0, of_slope)
+    error = off + torch.where(capped.isfinite(), 7 * u * capped.abs(), 0)
     truth = expected(capped, target, emphasis, dloss, dtype=dtype, logit_error=error, **options)
     allowed = dict(truth.allowed)
     allowed["dlogits"] = slope * (allowed["dlogits"] + truth.dlogits.abs() * (of_slope + u))
