@@ -1,6 +1,6 @@
 """Every kernel compiled, and its machine code held to the bounds of bench.compile_table.
 
-Here for sm_90 and gfx942; `make compile-table` does it for sm_80 and sm_100 as well. The compiler is the installed Triton and,
+Here for sm_90; `make compile-table` does it for sm_80, sm_100 and gfx942 as well. The compiler is the installed Triton and,
 where FUSED_DM_OTHER_TRITON names a folder that holds one, that too: what one version accepts is no evidence for another.
 """
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 OTHER = os.environ.get("FUSED_DM_OTHER_TRITON")
 
 
-CASES = {"installed-sm_90": (None, "sm_90"), "installed-gfx942": (None, "gfx942")}
+CASES = {"installed-sm_90": (None, "sm_90")}
 if OTHER:
     CASES["other-sm_90"] = (OTHER, "sm_90")
 
