@@ -190,7 +190,7 @@ def test_single_example(impl, reduction):
 def test_repeatable_to_the_bit_and_logits_untouched(impl, reduction, dtype):
     logits, target = make(70, 300, dtype, ignored=0.2)
     before = logits.clone()
-    runs = [run(impl, logits, target, DM, reduction=reduction) for _ in range(3)]
+    runs = [run(impl, logits, target, DM, reduction=reduction) for _ in range(2)]
     for output, dlogits in runs[1:]:
         assert torch.equal(dlogits, runs[0][1])
         for name in ("loss", "example_weight", "sum_weight"):
