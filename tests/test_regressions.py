@@ -66,3 +66,10 @@ def test_a_weight_that_vanishes_beside_1e_8_times_an_infinite_value(impl, rows):
     logits[0, 1] = math.nan
     with np.errstate(over="ignore", invalid="ignore"):
         assert run(impl, logits, target, edf.DM(beta=-1000, lambd=0), reduction="mean")[0].loss.isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_q_that_is_lost_below_the_smallest_normal_before_eps_divides_it(impl):
+    """q = 2e-42 has no digits in fp32, and q / (2 q + eps) = 2e-36 has no more."""
+    logits, target = make(2, 3, scale=0.0, margins=160.0, seed=376222)
+    check(*run(impl, logits, target, edf.Uniform()), expected(logits, target, edf.Uniform()))

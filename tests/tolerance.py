@@ -20,7 +20,7 @@ stored rounded and scaled later, or stored by truncation as Triton's interpreter
 
 The absolute part is the smallest normal of fp32 (products flush to zero below it) or the smallest subnormal of the storage
 dtype, times what is multiplied afterwards where that exceeds 1: a direction whose element is below the smallest normal has
-no digits, whatever the row's coefficient is, nor has a row's value, whatever it is divided by.
+no digits, whatever the row's coefficient is, nor has a row's value, whatever it is divided by, nor q, which eps divides.
 """
 
 import math
@@ -188,6 +188,10 @@ def expected(
         on_divisor = divisor + BASE
     # The coefficient of the row: half the L1 norm of its gradient.
     k = dlogits.abs().sum(1).nan_to_num(0, 0, 0) / 2
+    if eps:
+        # k = q (w / (2 q + eps)), of which q may be lost.
+        of_q = (exact.example_weight * dloss).abs() / (2 * torch.sigmoid(-margin) + eps)
+        k = torch.maximum(k, of_q.nan_to_num(0, 0, 0))
     tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
     if per_row or has_loss:
         values = {**options, "reduction": "none", "normalizer": None}
@@ -241,7 +245,8 @@ def _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error
     allowed["dlogits"] = slope * (allowed["dlogits"] + truth.dlogits.abs() * (of_slope + u))
     # What is below the range of the storage dtype or of fp32 vanishes after the slope has been applied.
     storage = torch.finfo(dtype)
-    allowed["dlogits"] += max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
+    k = torch.clamp(truth.dlogits.abs().sum(1, keepdim=True).nan_to_num(0, 0, 0) / 2, min=1)
+    allowed["dlogits"] += max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps) * k
     return truth._replace(dlogits=truth.dlogits * slope, allowed=allowed)
 
 
