@@ -178,10 +178,7 @@ class Row:
             rows = max(rows, vector)
         # A softcap takes the exponentials of a tanh; the fused kernel does it once more, for the slope of its last block.
         per_element = passes + 2 * (passes + (self.kernel == "fused")) if self.capped else passes
-        # Rows side by side are in another layout for their numbers than for their elements, and a number that both need may be
-        # computed twice rather than moved.
-        per_row = EXP_PER_ROW + EXP_OF_FAMILY[self.family] + self.spatial
-        allowed = per_element * self.elements + per_row * rows
+        allowed = per_element * self.elements + (EXP_PER_ROW + EXP_OF_FAMILY[self.family]) * rows
         if self.exps > allowed:
             found.append(f"{self.exps} exponentials for {self.elements} elements, expected at most {allowed}")
         return found
