@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,16 +25,23 @@ from ._rows import compute_dtype
 # Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. Measured by
 # `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
-# Where several threads take blocks, each call may have to wait for another to give up Python's lock: fewer and larger.
-SHARED_BLOCK_ELEMENTS = 1 << 18
+# Where several threads take blocks, each call may have to wait for another to give up Python's lock: fewer and larger where
+# a block takes many calls, as the forward pass does, and less so where it takes few.
+SHARED_BLOCK_ELEMENTS = 1 << 21
+SHARED_SCALED_ELEMENTS = 1 << 18
 # And where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # More threads would wait for Python's lock, of which every block takes 50 us.
 MAX_WORKERS = 16
-# Rows whose weights and values are computed at once.
-PIECE_ROWS = 1 << 14
+# Rows whose weights and values are computed at once, likewise.
+PIECE_ROWS = 1 << 15
+SHARED_PIECE_ROWS = 1 << 17
 # A row of fewer positions than this side by side is transposed within its block.
 NARROW = 16
+
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 # ---- Threads
@@ -159,7 +166,12 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
             helper.result()
 
 
-def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], None]], dtype: torch.dtype | None) -> None:
+def _run(
+    matrix: Tensor,
+    work: Callable[["_Blocks"], Callable[[int, Tensor], None]],
+    dtype: torch.dtype | None,
+    shared_elements: int,
+) -> None:
     """Cut `matrix` into blocks and call `work(blocks)(number, scratch)` for each, on torch.get_num_threads() threads.
 
     The scratch memory holds a block in `dtype`, and nothing where that is None.
@@ -171,7 +183,9 @@ def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], Non
         return
     with calm():
         threads = _threads()
-        blocks = _Blocks(matrix, SHARED_BLOCK_ELEMENTS if threads > 1 else BLOCK_ELEMENTS)
+        # Two blocks a thread at least, so that one which is held up leaves work to the others.
+        largest = max(BLOCK_ELEMENTS, matrix.numel() // (2 * threads))
+        blocks = _Blocks(matrix, min(shared_elements, largest) if threads > 1 else BLOCK_ELEMENTS)
         shared = threads > 1 and _runtime() is not None and len(blocks) >= threads
         spread = threads > 1 and not shared and matrix.numel() >= WIDE_BLOCK_ELEMENTS
         if not shared and threads > 1:
@@ -186,17 +200,25 @@ def _run(matrix: Tensor, work: Callable[["_Blocks"], Callable[[int, Tensor], Non
             _share(threads if shared else 1, len(blocks), start)
 
 
-def in_pieces(function: Callable[[slice], tuple[Tensor, ...]], rows: int) -> list[Tensor]:
-    """What `function` gives for all rows, by pieces whose temporaries stay in a core's cache, on the threads of `_run`."""
-    pieces = [slice(first, min(first + PIECE_ROWS, rows)) for first in range(0, rows, PIECE_ROWS)]
-    found: list[tuple[Tensor, ...]] = [()] * len(pieces)
+def pieces(rows: int) -> list[slice]:
+    """Parts of the rows whose temporaries stay in a core's cache, or are large beside what sharing them costs; one at least."""
+    threads = _threads() if _runtime() else 1
+    size = PIECE_ROWS if threads == 1 else max(PIECE_ROWS, min(SHARED_PIECE_ROWS, -(-rows // threads)))
+    return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
+
+
+def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
+    """What `function` gives for every part, on the threads of `_run` where there are several."""
+    if len(parts) == 1:
+        return [function(parts[0])]
+    found: list[_R | None] = [None] * len(parts)
 
     def step(number: int) -> None:
-        found[number] = function(pieces[number])
+        found[number] = function(parts[number])
 
     with calm():
-        _share(min(_threads(), len(pieces)) if _runtime() else 1, len(pieces), lambda: step)
-        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        _share(min(_threads(), len(parts)) if _runtime() else 1, len(parts), lambda: step)
+    return cast(list[_R], found)
 
 
 # ---- Blocks
@@ -282,8 +304,13 @@ class _Pass:
         self.dtype = compute_dtype(logits.dtype)
         self.valid = target != ignore_index
         target = target.long()
-        check_labels(target, self.valid, logits.shape[1], ignore_index)
-        self.label = torch.where(self.valid, target, 0)
+        # Mostly all are labels, which one look at the largest and the smallest shows.
+        lowest, highest = target.aminmax() if target.numel() else (target.sum(), target.sum())
+        if lowest >= 0 and highest < logits.shape[1]:
+            self.label = target
+        else:
+            check_labels(target, self.valid, logits.shape[1], ignore_index)
+            self.label = torch.where(self.valid, target, 0)
         # Row by row what a matrix without classes has.
         self.row_max = logits.new_full(target.shape, torch.finfo(self.dtype).min, dtype=self.dtype)
         self.row_sum, self.label_logit = (logits.new_zeros(target.shape, dtype=self.dtype) for _ in range(2))
@@ -301,7 +328,7 @@ class _Pass:
         """
         logits, labels = blocks.of(self.logits), blocks.of_rows(self.label)
         label_logits, maxima, sums = (blocks.of_rows(rows) for rows in (self.label_logit, self.row_max, self.row_sum))
-        lowest = torch.finfo(self.dtype).min
+        lowest, nothing = torch.finfo(self.dtype).min, self.label_logit.new_full((), -math.inf)
 
         def fill(number: int, out: Tensor, slope: Tensor | None) -> Tensor:
             label, row_max = labels[number], maxima[number]
@@ -309,7 +336,7 @@ class _Pass:
             if self.transform is not None:
                 _transform_(out, self.transform, slope)
             torch.gather(out, 1, label, out=label_logits[number])
-            out.scatter_(1, label, -math.inf)
+            out.scatter_(1, label, nothing.expand(label.shape))
             torch.amax(out, 1, keepdim=True, out=row_max)
             # -inf less the lowest number is still -inf, where -inf less -inf is nan.
             row_max.clamp_(min=lowest)
@@ -325,10 +352,15 @@ class _Pass:
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
-        label_logit = self.label_logit.masked_fill(~self.valid | (self.label_logit == math.inf), math.nan)
-        lead = label_logit - self.row_max
+
+        def of(rows: slice) -> tuple[Tensor, Tensor]:
+            label_logit = self.label_logit[rows]
+            lead = label_logit.masked_fill(~self.valid[rows] | (label_logit == math.inf), math.nan) - self.row_max[rows]
+            return lead - self.row_sum[rows].log(), lead
+
         with calm():
-            return lead - self.row_sum.log(), lead
+            margins, leads = zip(*each(of, pieces(len(self.valid))), strict=True)
+        return torch.cat(margins), torch.cat(leads)
 
 
 def _transform_(logits: Tensor, transform: Tensor, slope: Tensor | None = None) -> None:
@@ -358,7 +390,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor 
 
         return step
 
-    _run(logits, work, walk.dtype)
+    _run(logits, work, walk.dtype, SHARED_BLOCK_ELEMENTS)
     margins, lead = walk.margins()
     return margins, torch.stack([walk.row_max, walk.row_sum, lead])
 
@@ -373,6 +405,8 @@ def direction(
     walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
     direct = out.dim() == 2 and out.dtype == walk.dtype
+    # Faster than the number itself.
+    minus_one = walk.label_logit.new_full((), -1.0)
 
     def work(blocks: _Blocks) -> Callable[[int, Tensor], None]:
         fill, parts = walk.blocks(blocks), blocks.of(out)
@@ -382,7 +416,7 @@ def direction(
             block = part if direct else _like(scratch, part)
             slope = walk.slope(block)
             label = fill(number, block, slope)
-            block.scatter_(1, label, -1.0)
+            block.scatter_(1, label, minus_one.expand(label.shape))
             if slope is not None:
                 block.mul_(slope)
             if not direct:
@@ -390,7 +424,7 @@ def direction(
 
         return step
 
-    _run(logits, work, None if direct else walk.dtype)
+    _run(logits, work, None if direct else walk.dtype, SHARED_BLOCK_ELEMENTS)
     return *walk.margins(), out
 
 
@@ -420,7 +454,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
 
         return step
 
-    _run(matrix, work, None if direct else factor.dtype)
+    _run(matrix, work, None if direct else factor.dtype, SHARED_SCALED_ELEMENTS)
     _zero_rows_(matrix, factor == 0)
 
 
@@ -453,6 +487,6 @@ def margin_gradient(
 
         return step
 
-    _run(logits, work, walk.dtype)
+    _run(logits, work, walk.dtype, SHARED_BLOCK_ELEMENTS)
     _zero_rows_(out, ~walk.valid | (dmargin == 0) | (walk.row_sum == 0))
     return out

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from . import _linear_operators, _operators, _validation, edf, reference
 from ._api import DMLoss, _default_eps, _emphasis, _normalizer, _params, _transform
-from ._loss import Problem, Received, of_margins, received, row_weights
-from ._rows import Totals, coefficients
+from ._loss import Problem, Received, coefficients_of, of_margins, received, row_weights, terms_of
 
 # A weight of exp(60) leaves fp32 a factor of 1e12 for row weights and for sums over rows.
 LOG_PEAK = 60.0
@@ -105,7 +104,7 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
     family = problem.emphasis.family
     skipped = torch.zeros((), dtype=torch.float32, device=input.device)
     if any(wanted) and call.in_forward and family is not None:
-        found = _linear_operators.linear_gradients(
+        results = _linear_operators.linear_gradients(
             *(None if tensor is None else tensor.detach() for tensor in given),
             target,
             row_weights(problem),
@@ -120,10 +119,10 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
             call.impl,
             problem.transform,
         )
-        margin, lead, reference_log, *gradients = found
-        loss, terms, totals = of_margins(problem, margin)
-        factor = torch.exp(reference_log - totals.log_scale) / totals.divisor.to(margin.dtype)
-        loss = _linear_operators.attach_linear_gradients(*given, loss, *gradients, factor)
+        margin, lead, reference_log, *gradients = results
+        found = of_margins(problem, margin)
+        factor = torch.exp(reference_log - found.totals.log_scale) / found.totals.divisor.to(margin.dtype)
+        loss = _linear_operators.attach_linear_gradients(*given, found.loss, *gradients, factor)
     else:
         sparse = call.skip_tolerance > 0 or call.drop_ignored
         margin, statistics = _linear_operators.linear_margin(
@@ -138,13 +137,14 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
             problem.transform,
         )
         lead = statistics[2]
-        loss, terms, totals = of_margins(problem, margin)
-        coefficient = coefficients(terms, totals)
+        found = of_margins(problem, margin)
+        loss, coefficient = found.loss, coefficients_of(found)
         if call.skip_tolerance > 0:
             coefficient, skipped = _skip(coefficient, target != ignore_index, call.skip_tolerance)
         if any(wanted):
             loss = _operators.attach_to_margin(margin, loss, -coefficient)
-    got = received(problem, margin.detach(), lead, terms.log_weight, terms.sign, Totals(*totals))
+    terms = terms_of(found)
+    got = received(problem, margin.detach(), lead, terms.log_weight, terms.sign, found.totals)
     return loss, got, skipped
 
 

@@ -1,5 +1,6 @@
 """The two ways to the loss of logits (N, V): through the margins in torch, and fused in Triton kernels."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from ._rows import (
     coefficients,
     compute_dtype,
     example_weights,
+    largest_log_weight,
     mean_divisor,
     row_terms,
     row_values,
@@ -117,34 +119,85 @@ def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Te
     return lambda log_p, log_q: function(log_p, log_q, *params)
 
 
-def _terms(problem: Problem, margin: Tensor, weight: Tensor | None) -> RowTerms:
-    emphasis, valid = problem.emphasis, _valid(problem)
+def _eager_on_a_cpu(problem: Problem, margin: Tensor) -> bool:
+    """Whether the rows may be shared by threads, and looked at."""
+    # A function of the user's is called once, by the thread that called us. A mode that looks at every torch call, such as a
+    # tracer's, does not see those of other threads.
+    real = margin.device.type == "cpu" and problem.emphasis.family is not None and not torch.compiler.is_compiling()
+    return real and _get_current_dispatch_mode() is None and not _validation.is_batched(problem.logits)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _folded(parts: list[Tensor], fold: Callable[[Tensor], Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else fold(torch.stack(parts))
+
+
+class OfMargins(NamedTuple):
+    """What follows from the margins of all rows: the loss, the divisor, and numbers of the rows, in parts."""
+
+    loss: Tensor  # () or (N,)
+    totals: Totals
+    terms_of_parts: list[RowTerms]
+    undivided: list[Tensor]  # the coefficients times the divisor
+
+
+def terms_of(found: OfMargins) -> RowTerms:
+    return RowTerms(*(_joined(list(parts)) for parts in zip(*found.terms_of_parts, strict=True)))
+
+
+@torch.no_grad()
+def coefficients_of(found: OfMargins) -> Tensor:
+    """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
+    divisor = found.totals.divisor.to(found.undivided[0].dtype)
+    if len(found.undivided) == 1:
+        return found.undivided[0] / divisor
+    return torch.cat(found.undivided).div_(divisor)
+
+
+@torch.no_grad()
+def of_margins(problem: Problem, margin: Tensor) -> OfMargins:
+    """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
+    emphasis, weight, valid, margin = problem.emphasis, row_weights(problem), _valid(problem), margin.detach()
+    normalizer = _normalizer(problem, weight)
     eps, *params = emphasis.params.unbind()
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
 
-    def of(rows: slice) -> RowTerms:
-        return row_terms(margin[rows], valid[rows], None if weight is None else weight[rows], eps, log_weight, loss)
+    eager = _eager_on_a_cpu(problem, margin)
 
-    # A function of the user's is called once, by the thread that called us. A mode that looks at every torch call, such as a
-    # tracer's, does not see those of other threads.
-    in_pieces = margin.device.type == "cpu" and emphasis.family is not None and margin.numel() > _cpu.PIECE_ROWS
-    seen = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _validation.is_batched(problem.logits)
-    if in_pieces and not seen:
-        return RowTerms(*_cpu.in_pieces(of, margin.numel()))
-    return of(slice(None))
+    def of(rows: slice) -> tuple[RowTerms, Tensor, bool]:
+        # The margin of an ignored row is nan.
+        ordinary = eager and weight is None and math.isfinite(margin[rows].sum())
+        of_rows = None if weight is None else weight[rows]
+        terms = row_terms(margin[rows], valid[rows], of_rows, eps, log_weight, loss, ordinary)
+        return terms, largest_log_weight(terms), ordinary
 
+    slices = _cpu.pieces(margin.numel()) if eager else [slice(None)]
+    parts, tops, ordinary = zip(*_cpu.each(of, slices), strict=True)
+    top = _folded(list(tops), torch.amax)
+    # Every weight is then between 0 and that of the scale, 1.
+    bounded = normalizer is None and all(ordinary) and math.isfinite(top)
 
-@torch.no_grad()
-def of_margins(problem: Problem, margin: Tensor) -> tuple[Tensor, RowTerms, Totals]:
-    """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
-    emphasis, weight = problem.emphasis, row_weights(problem)
-    terms = _terms(problem, margin.detach(), weight)
-    totals = batch_totals(terms, _normalizer(problem, weight))
-    loss = row_values(terms, totals.log_scale, emphasis.loss is not None)
-    if problem.reduction != "none":
-        loss = (loss.sum(dtype=torch.float64) / totals.divisor).to(loss.dtype)
-    return loss, terms, totals
+    def sums_of(terms: RowTerms) -> tuple[Tensor, Tensor, Tensor]:
+        relative = torch.exp(terms.log_weight - top)
+        weights = (terms.sign * relative).sum(dtype=torch.float64)
+        if normalizer is not None:
+            relative = torch.exp(terms.log_weight)
+        values = row_values(terms, relative, loss is not None, bounded)
+        values = values if problem.reduction == "none" else values.sum(dtype=torch.float64)
+        return weights, values, coefficients(terms, relative, bounded)
+
+    weights, values, undivided = (list(sums) for sums in zip(*_cpu.each(sums_of, parts), strict=True))
+    totals = batch_totals(top, _folded(weights, torch.sum), normalizer)
+    if problem.reduction == "none":
+        return OfMargins(_joined(values), totals, list(parts), undivided)
+    total = _folded(values, torch.sum)
+    if loss is not None:
+        total = total * torch.exp(-totals.log_scale.double())
+    return OfMargins((total / totals.divisor).to(margin.dtype), totals, list(parts), undivided)
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:
@@ -164,8 +217,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     else:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
-    loss, terms, totals = of_margins(problem, margin)
-    coefficient = coefficients(terms, totals)
+    found = of_margins(problem, margin)
+    loss, coefficient = found.loss, coefficients_of(found)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient)
     elif problem.inplace:
@@ -174,7 +227,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, received(problem, margin.detach(), lead, terms.log_weight, terms.sign, totals))
+    terms = terms_of(found)
+    return Result(loss, received(problem, margin.detach(), lead, terms.log_weight, terms.sign, found.totals))
 
 
 def triton_loss(problem: Problem) -> Result:
@@ -205,7 +259,7 @@ def triton_loss(problem: Problem) -> Result:
     rows, totals = rows.detach(), totals.detach()
     _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":
-        loss = row_values(RowTerms(log_weight, sign, unit, value), 0.0, problem.emphasis.loss is not None)
+        loss = row_values(RowTerms(log_weight, sign, unit, value), log_weight.exp(), problem.emphasis.loss is not None)
     if attach:
         loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace, transform)
     if not problem.return_output:

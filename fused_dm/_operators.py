@@ -5,6 +5,8 @@ synchronises. An operator computes on the logits' device by the implementation t
 or the logits' scale and, if there are two, the softcap, in an fp64 tensor.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -250,10 +252,11 @@ def _(logits, target, ignore_index, transform=None):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
-@torch.library.custom_op("fused_dm::scale_rows_", mutates_args={"matrix"})
-def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
-    """Multiply each row of `matrix` by its factor, in place."""
-    _cpu.scale_rows_(matrix, factor)
+@torch.library.custom_op("fused_dm::scale_rows2_", mutates_args={"matrix"})
+def scale_rows_(matrix: Tensor, coefficient: Tensor, dvalue: Tensor) -> None:
+    """Multiply each row of `matrix` by its coefficient, (N,), and by `dvalue`, () or (N,), in place."""
+    finite = dvalue.dim() == 0 and math.isfinite(dvalue)
+    _cpu.scale_rows_(matrix, coefficient * dvalue if finite else _times(coefficient, dvalue))
 
 
 @torch.library.custom_op("fused_dm::attach_direction", mutates_args=())
@@ -274,7 +277,7 @@ def _attach_direction_setup(ctx, inputs, output) -> None:
 def _attach_direction_backward(ctx, dvalue):
     _only_once(ctx)
     direction, coefficient = ctx.saved_tensors
-    scale_rows_(direction, _times(coefficient, dvalue))
+    scale_rows_(direction, coefficient, dvalue)
     return direction, None, None, None
 
 

@@ -81,60 +81,77 @@ def row_terms(
     eps: Tensor,
     log_weight: Callable[[Tensor, Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor] | None,
+    ordinary: bool = False,
 ) -> RowTerms:
-    """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`."""
-    log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
-    q = torch.sigmoid(-margin)
-    zero = torch.zeros_like(margin)
+    """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`.
+
+    `ordinary` says that no margin is infinite or nan, no row ignored and `weight` None: nothing is left to choose row by row,
+    which on a CPU takes longer than all the arithmetic.
+    """
+    opposite = -margin
+    log_p, log_q, q = F.logsigmoid(margin), F.logsigmoid(opposite), torch.sigmoid(opposite)
     log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
-    log_w = torch.where(margin.isnan(), margin, log_w)
+    if not ordinary:
+        log_w = torch.where(margin.isnan(), margin, log_w)
     value = -log_p if loss is None else loss(log_p, log_q)
+    # Where q and eps are both 0, the quotient is nan and not taken.
+    unit = torch.where(eps == 0, 0.5, q / (2 * q + eps))
+    if ordinary:
+        return RowTerms(log_w, torch.ones_like(margin), unit, value)
     sign = valid.to(margin.dtype)
     if weight is not None:
         valid = valid & (weight != 0)
-        sign = torch.where(valid, weight.sign(), zero)
-        log_w = log_w + torch.where(valid, weight, sign + 1).abs().log()
+        sign = torch.where(valid, weight.sign(), 0.0)
+        log_w = log_w + torch.where(valid, weight, 1.0).abs().log()
+        unit = unit * sign
         if loss is not None:
             value = value * weight
-    norm = 2 * q + eps
-    unit = torch.where(eps == 0, torch.full_like(q, 0.5), q / torch.where(norm == 0, 1, norm)) * sign
-    unit = torch.where(margin == math.inf, zero, unit)
     return RowTerms(
-        torch.where(valid, log_w, zero - math.inf),
+        torch.where(valid, log_w, -math.inf),
         sign,
-        torch.where(valid, unit, zero),
-        torch.where(valid, value, zero),
+        torch.where(valid & (margin != math.inf), unit, 0.0),
+        torch.where(valid, value, 0.0),
     )
 
 
-def row_values(terms: RowTerms, log_scale: Tensor | float, has_loss: bool) -> Tensor:
-    """c r(p) exp(-log_scale) of each row, (N,), with 0 for a weight of 0 whatever log p is, and for log p = 0 likewise."""
+def row_values(terms: RowTerms, relative: Tensor, has_loss: bool, bounded: bool = False) -> Tensor:
+    """c r(p) exp(-scale) of each row, (N,), for `relative` = |c w| exp(-scale); c f(p) for an EDF with a loss of its own.
+
+    0 for a weight of 0 whatever log p is, and for log p = 0 likewise. `bounded`: `relative` and the values are finite.
+    """
     if has_loss:
-        return terms.value * torch.exp(torch.zeros_like(terms.value) - log_scale)
-    weight = torch.exp(terms.log_weight - log_scale)
-    return torch.where((weight == 0) | (terms.value == 0), torch.zeros_like(weight), terms.sign * weight * terms.value)
+        return terms.value
+    product = terms.sign * relative * terms.value
+    return product if bounded else torch.where((relative == 0) | (terms.value == 0), 0.0, product)
 
 
-def batch_totals(terms: RowTerms, normalizer: Tensor | None) -> Totals:
-    """The divisor of the batch: `normalizer`, or 1e-8 + sum c w where that is None."""
+def largest_log_weight(terms: RowTerms) -> Tensor:
+    """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
     log_weight = terms.log_weight.detach()
-    floor = log_weight.new_full((1,), math.log(1e-8))
-    top = torch.cat([log_weight, floor]).amax()
-    relative = (terms.sign * torch.exp(log_weight - top)).sum(dtype=torch.float64)
-    relative = relative + torch.exp(floor[0].double() - top.double())
+    return torch.cat([log_weight, log_weight.new_full((1,), math.log(1e-8))]).amax()
+
+
+def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> Totals:
+    """The divisor of the batch: `normalizer`, or 1e-8 + sum c w where that is None.
+
+    `top` is the largest log weight of all rows, and `relative` the sum of their weights divided by exp(top).
+    """
+    relative = relative + torch.exp(top.new_full((), math.log(1e-8)).double() - top.double())
     sum_weight = relative * torch.exp(top.double())
     if normalizer is None:
         return Totals(top, relative, sum_weight)
     return Totals(torch.zeros_like(top), normalizer, sum_weight)
 
 
-def coefficients(terms: RowTerms, totals: Totals) -> Tensor:
-    """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
-    k = terms.unit * torch.exp(terms.log_weight - totals.log_scale) / totals.divisor.to(terms.unit.dtype)
-    return torch.where(terms.unit == 0, torch.zeros_like(k), k)
+def coefficients(terms: RowTerms, relative: Tensor, bounded: bool = False) -> Tensor:
+    """k D exp(-scale) of each row, (N,), for `relative` = |c w| exp(-scale): the gradient is k exp(z_j - lse) for the other
+    classes and -k for the label. `bounded`: `relative` is finite.
+    """
+    product = terms.unit * relative
+    return product if bounded else torch.where(terms.unit == 0, 0.0, product)
 
 
 def example_weights(log_weight: Tensor, sign: Tensor, totals: Totals) -> Tensor:
     """c w / D of each row, (N,): the L1 norm of its gradient at eps = 0; 0 for ignored rows."""
     scaled = sign * torch.exp(log_weight - totals.log_scale.to(sign.dtype)) / totals.divisor.to(sign.dtype)
-    return torch.where(sign == 0, torch.zeros_like(scaled), scaled)
+    return torch.where(sign == 0, 0.0, scaled)

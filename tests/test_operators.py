@@ -39,7 +39,7 @@ def operators(dtype, impl, **shape):
         yield _operators.cpu_direction, (plain, target, -100)
         yield _operators.cpu_direction_, (plain.clone(), target, -100)
         direction = _operators.cpu_direction(plain, target, -100)[2]
-        yield _operators.scale_rows_, (direction.clone(), coefficient)
+        yield _operators.scale_rows_, (direction.clone(), coefficient, torch.ones(()))
         yield _operators.attach_direction, (logits, value, direction, coefficient)
         return
     normalizer = torch.full((), 3.0, dtype=torch.float64, device=plain.device)

@@ -19,7 +19,7 @@ EDGES = {
     "_environment": {"_api", "__version__"},
     "_extras": set(),
     "_launch": set(),
-    "_linear": {"_api", "_linear_operators", "_loss", "_operators", "_rows", "_validation", "edf", "reference"},
+    "_linear": {"_api", "_linear_operators", "_loss", "_operators", "_validation", "edf", "reference"},
     "_linear_blocks": {"_cpu", "_rows", "_triton", "edf"},
     "_linear_operators": {"_cpu", "_linear_blocks", "_rows"},
     "_loss": {"_cpu", "_operators", "_rows", "_validation"},
