@@ -73,3 +73,14 @@ def test_a_q_that_is_lost_below_the_smallest_normal_before_eps_divides_it(impl):
     """q = 2e-42 has no digits in fp32, and q / (2 q + eps) = 2e-36 has no more."""
     logits, target = make(2, 3, scale=0.0, margins=160.0, seed=376222)
     check(*run(impl, logits, target, edf.Uniform()), expected(logits, target, edf.Uniform()))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_a_slope_that_is_lost_below_the_smallest_normal_before_a_large_weight_multiplies_it(impl):
+    """Under a softcap of 1 a logit of 100 has a slope of 1e-25 and a gradient below 1e-38 before its row's weight of 1e6."""
+    logits, target = make(4, 4, torch.bfloat16, margins=80.0, offset=100.0, seed=376223)
+    options = {"softcap": 1.0, "logit_scale": 0.3, "sample_weight": torch.tensor([1e6, 1e3, 1.0, 1e-6]), "reduction": "sum"}
+    # Which label is the largest is not compared: in fp32 all of them are at the cap.
+    _, dlogits = run(impl, logits, target, edf.Uniform(), **options)
+    truth = expected(logits, target, edf.Uniform(), **options)
+    assert ((dlogits.double().cpu() - truth.dlogits).abs() <= truth.allowed["dlogits"]).all()
