@@ -108,6 +108,21 @@ def test_equals_dm_loss_of_the_layers_logits_in_fp64(impl, reduction, mode, emph
 
 
 @pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("mode", [MODES["accumulated"], MODES["recomputed"]], ids=["accumulated", "recomputed"])
+@pytest.mark.parametrize("emphasis", [DM, edf.DM(beta=1000, lambd=1)], ids=str)
+def test_the_size_of_a_block_changes_rounding_alone(impl, mode, emphasis):
+    """From a row a block to all rows in one, results differ by what the order of sums does, which the bound allows."""
+    x, w, b, target = layer(dtype=torch.float32)
+    allowed = expected_linear(x, w, target, emphasis, linear_bias=b).allowed
+    whole, gradients = run(impl, x, w, b, target, emphasis, max_logits_bytes=4 * w.shape[0] * len(x), **mode)
+    for rows in (1, 2, 7, 22):
+        part, others = run(impl, x, w, b, target, emphasis, max_logits_bytes=4 * w.shape[0] * rows, **mode)
+        for name in NAMES:
+            compare(name, others[name], gradients[name].double().cpu(), allowed[name])
+        compare("loss", part.loss, whole.loss.double().cpu(), allowed["loss"])
+
+
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
