@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.cpu import RESULTS, WARM, _processor, _status
+from bench.cpu import ALLOCATORS, RESULTS, _processor, _status
 
 CPU_SHAPES = [(512, 256, 30522), (1024, 256, 30522), (512, 256, 128256), (1024, 256, 128256)]
 GPU_SHAPES = [(8192, 4096, 128256), (8192, 2048, 248320), (8192, 2048, 128256)]
@@ -208,7 +208,7 @@ def gpu_memory_case(shape: tuple[int, int, int]) -> dict:
 
 
 def _part(command: list[str], warm: bool = False) -> dict:
-    environment = {**os.environ, **WARM} if warm else dict(os.environ)
+    environment = {**os.environ, **ALLOCATORS["warm heap"]} if warm else dict(os.environ)
     command = [sys.executable, "-m", "bench.linear", *command]
     print(" ".join(command[2:]), file=sys.stderr, flush=True)
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
