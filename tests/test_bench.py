@@ -1,5 +1,6 @@
 """The benchmarks run, check before they time, count bytes and go on where they stopped; their figures are not tested."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -31,6 +32,11 @@ def call(module: str, *arguments: str) -> subprocess.CompletedProcess:
     environment |= {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "bench").glob("[!_]*.py") if path.stem != "test_speed"))
+def test_every_benchmark_can_be_imported(module):
+    assert callable(importlib.import_module(f"bench.{module}").main)
 
 
 class TestStudy:
