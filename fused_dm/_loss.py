@@ -165,7 +165,6 @@ def of_margins(problem: Problem, margin: Tensor) -> OfMargins:
     eps, *params = emphasis.params.unbind()
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
-
     eager = _eager_on_a_cpu(problem, margin)
 
     def of(rows: slice) -> tuple[RowTerms, Tensor, bool]:
