@@ -3,7 +3,7 @@
 A training step is forward and backward on fresh gradients of input and weight. On a CPU the rivals are `F.linear` with
 `F.cross_entropy`, which materialise the logits, and `F.linear_cross_entropy` with its default options. All sides of a case
 run in turn in one process. Besides wall time the table gives the processor time of the process, which a busy machine does not
-lengthen much; the ratios are of that. Peak memory is what a step adds to the resident set, less the gradients, in a process
+lengthen much. Peak memory is what a step adds to the resident set, less the gradients, in a process
 of its own. On a GPU the step is timed beside its three bare matrix products, and beside Liger's where that is installed.
 
 `accuracy` is the root mean square error of the 16-bit gradients against fp64, as a share of that of the unfused computation.
@@ -24,16 +24,10 @@ from bench.cpu import ALLOCATORS, RESULTS, _processor, _status
 
 CPU_SHAPES = [(512, 256, 30522), (1024, 256, 30522), (512, 256, 128256), (1024, 256, 128256)]
 GPU_SHAPES = [(8192, 4096, 128256), (8192, 2048, 248320), (8192, 2048, 128256)]
+LARGE = (8192, 2048, 128256)  # in bf16, for its memory alone
+MAX_LOGITS_BYTES = 512 * 2**20  # of "bounded"
 TOLERANCE = 1e-3
 SHARES = (0.0, 0.5, 0.8, 0.95)
-NAMES = {
-    "ours": "linear_dm_loss",
-    "recompute": "linear_dm_loss, recompute",
-    "unfused": "linear, cross_entropy",
-    "chunked": "linear_cross_entropy",
-    "products": "three products",
-    "liger": "Liger",
-}
 
 
 def batch(rows: int, features: int, classes: int, fitted: float = 0.5, device: str = "cpu", dtype: str = "float32"):
@@ -50,6 +44,7 @@ def batch(rows: int, features: int, classes: int, fitted: float = 0.5, device: s
 
 
 def steps(given, weight, target) -> dict:
+    """A training step of each side, and the three products of it."""
     import torch
     import torch.nn.functional as F
 
@@ -73,6 +68,9 @@ def steps(given, weight, target) -> dict:
     found = {
         "ours": step(lambda: linear_dm_loss(given, weight, target, "cce", reduction="mean")),
         "recompute": step(lambda: linear_dm_loss(given, weight, target, "cce", reduction="mean", recompute=True)),
+        "bounded": step(
+            lambda: linear_dm_loss(given, weight, target, "cce", reduction="mean", max_logits_bytes=MAX_LOGITS_BYTES)
+        ),
         "unfused": step(lambda: F.cross_entropy(F.linear(given, weight), target)),
         "products": products,
     }
@@ -115,6 +113,7 @@ def time_case(shape: tuple[int, int, int], threads: int, repeats: int, chunked: 
     torch.set_num_threads(threads)
     on_gpu = device != "cpu"
     runs = steps(*batch(*shape, device=device, dtype="bfloat16" if on_gpu else "float32"))
+    del runs["bounded"]
     if chunked == 0:
         runs.pop("chunked", None)
     counts = dict.fromkeys(runs, repeats) | ({"chunked": chunked} if "chunked" in runs else {})
@@ -184,15 +183,16 @@ def accuracy_case(dtype: str) -> dict:
     return {"dtype": dtype, "rms_error": errors, "of_unfused": ratios}
 
 
-def memory_case(shape: tuple[int, int, int], side: str) -> dict:
-    given, weight, target = batch(*shape)
-    steps(*batch(8, shape[1], 500))[side]()
+def memory_case(shape: tuple[int, int, int], side: str, dtype: str) -> dict:
+    given, weight, target = batch(*shape, dtype=dtype)
+    steps(*batch(8, shape[1], 500, dtype=dtype))[side]()
     run = steps(given, weight, target)[side]
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run()
     gradients = (given.numel() + weight.numel()) * given.element_size()
-    return {"shape": shape, "side": side, "beyond_gradients_mib": round((_status("VmHWM") - before - gradients) / 2**20, 1)}
+    beyond = round((_status("VmHWM") - before - gradients) / 2**20, 1)
+    return {"shape": shape, "dtype": dtype, "side": side, "beyond_gradients_mib": beyond}
 
 
 def gpu_memory_case(shape: tuple[int, int, int]) -> dict:
@@ -219,7 +219,7 @@ def text(found: dict) -> str:
         f"torch {found['torch']}, {found['device']}, {found['cores']} cores, medians of {found['repeats']}, "
         f"{found['allocator']} allocator, load {found['load'][0]:.0f}; `{found['command']}`",
         "",
-        "Processor time of a training step, ms (wall time in brackets); ratios are of processor time.",
+        "Wall time of a training step, ms (processor time in brackets), and ratios of both.",
         "",
         "| rows x features x classes | threads | linear_dm_loss | recompute | linear, cross_entropy | ratio | "
         "linear_cross_entropy | its factor | three products |",
@@ -227,26 +227,39 @@ def text(found: dict) -> str:
     ]
 
     def cell(medians: dict, side: str) -> str:
-        return f"{medians[side]['processor']:.0f} ({medians[side]['wall']:.0f})" if side in medians else "-"
+        return f"{medians[side]['wall']:.0f} ({medians[side]['processor']:.0f})" if side in medians else "-"
+
+    def ratio(medians: dict, side: str, other: str) -> str:
+        if other not in medians or side not in medians:
+            return "-"
+        wall, processor = (medians[side][kind] / medians[other][kind] for kind in ("wall", "processor"))
+        return f"{wall:.2f} ({processor:.2f})"
 
     for case in found["time"]:
         medians = case["median_ms"]
-        own = medians["ours"]["processor"]
-        ratio = own / medians["unfused"]["processor"]
-        factor = f"{medians['chunked']['processor'] / own:.1f}" if "chunked" in medians else "-"
+        shape = " x ".join(map(str, case["shape"]))
         ours, again, unfused, chunked, products = (
             cell(medians, side) for side in ("ours", "recompute", "unfused", "chunked", "products")
         )
-        shape = " x ".join(map(str, case["shape"]))
         lines.append(
-            f"| {shape} | {case['threads']} | {ours} | {again} | {unfused} | {ratio:.2f} | {chunked} | {factor} | {products} |"
+            f"| {shape} | {case['threads']} | {ours} | {again} | {unfused} | {ratio(medians, 'ours', 'unfused')} | "
+            f"{chunked} | {ratio(medians, 'chunked', 'ours')} | {products} |"
         )
-    lines += ["", "| rows x features x classes | beyond the gradients, MiB: linear_dm_loss | linear, cross_entropy | share |"]
-    lines += ["|---|---|---|---|"]
-    for shape in dict.fromkeys(tuple(case["shape"]) for case in found["memory"]):
-        sides = {case["side"]: case["beyond_gradients_mib"] for case in found["memory"] if tuple(case["shape"]) == shape}
-        share = sides["ours"] / sides["unfused"]
-        lines.append(f"| {' x '.join(map(str, shape))} | {sides['ours']} | {sides['unfused']} | {share:.3f} |")
+    lines += [
+        "",
+        "| rows x features x classes, fp32 | beyond the gradients, MiB: linear_dm_loss | linear, cross_entropy | share |",
+        "|---|---|---|---|",
+    ]
+    sides = {(*case["shape"], case["side"]): case["beyond_gradients_mib"] for case in found["memory"]}
+    for shape in CPU_SHAPES:
+        ours, unfused = sides[*shape, "ours"], sides[*shape, "unfused"]
+        lines.append(f"| {' x '.join(map(str, shape))} | {ours} | {unfused} | {ours / unfused:.3f} |")
+    lines += [
+        "",
+        f"{' x '.join(map(str, LARGE))} in bf16: {sides[*LARGE, 'ours'] / 1024:.2f} GiB beyond inputs and returned gradients, "
+        f"and {sides[*LARGE, 'bounded'] / 1024:.2f} GiB with max_logits_bytes = {MAX_LOGITS_BYTES >> 20} MiB; "
+        f"the logits alone are {LARGE[0] * LARGE[2] * 2 / 2**30:.2f} GiB.",
+    ]
     lines += [
         "",
         f"Rows left out, skip_tolerance={TOLERANCE}, CCE, one thread; processor time, ms.",
@@ -289,7 +302,7 @@ def main() -> None:
         shape = tuple(map(int, case[:3]))
         print(json.dumps(time_case(shape, int(case[3]), arguments.repeats, arguments.chunked, "cpu")))
     elif arguments.part == "memory":
-        print(json.dumps(memory_case(tuple(map(int, case[:3])), case[3])))
+        print(json.dumps(memory_case(tuple(map(int, case[:3])), *case[3:])))
     elif arguments.part == "sparse":
         print(json.dumps(sparse_case(tuple(map(int, case[:3])), float(case[3]), arguments.repeats)))
     elif arguments.part == "accuracy":
@@ -325,9 +338,12 @@ def main() -> None:
             for shape in CPU_SHAPES
         ],
         "memory": [
-            _part(["--part", "memory", "--case", *map(str, shape), side])
-            for shape in CPU_SHAPES
-            for side in ("ours", "unfused")
+            _part(["--part", "memory", "--case", *map(str, shape), side, dtype])
+            for shape, dtype, sides in (
+                *((shape, "float32", ("ours", "unfused")) for shape in CPU_SHAPES),
+                (LARGE, "bfloat16", ("ours", "bounded")),
+            )
+            for side in sides
         ],
         "sparse": [_part(["--part", "sparse", *options, "--case", "512", "256", "30522", str(share)]) for share in SHARES],
         "accuracy": [_part(["--part", "accuracy", "--case", dtype]) for dtype in ("bfloat16", "float16")],

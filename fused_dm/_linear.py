@@ -300,8 +300,9 @@ def linear_dm_loss(
             on the logits' gradient; costs a synchronisation in the backward. Pays where many examples are fitted and the
             emphasis gives them little: CCE, GCE, DFT, focal loss.
         drop_ignored: leave ignored rows out of the products; costs a synchronisation, in the backward of `recompute` another.
-        max_logits_bytes: size of a block of logits, at least a row. None for 512 MiB on a GPU, and on a CPU four times the
-            second-level caches, or 96 rows if that is more. The smaller it is, the slower are the products.
+        max_logits_bytes: size of a block of logits, at least a row; on a CPU with the fp32 form of 16-bit ones. None for 512
+            MiB on a GPU, and on a CPU four times the second-level caches, or 96 rows if that is more. The smaller it is, the
+            slower are the products.
         return_output: return LinearDMOutput instead of the loss alone.
         impl: see `dm_loss`. "reference" materialises the logits.
 

@@ -79,10 +79,14 @@ def _cache_bytes() -> int:
 
 
 def block_rows(rows: int, classes: int, itemsize: int, max_bytes: int | None, on_cpu: bool) -> int:
-    """Rows of a block: as many as `max_bytes` of logits hold, at least one, and about as many in each block."""
+    """Rows of a block: as many as `max_bytes` hold, at least one, and about as many in each block.
+
+    On a CPU `max_bytes` holds the direction in fp32 of a block of 16-bit logits as well as the block.
+    """
     row_bytes = max(1, classes * itemsize)
     if max_bytes is not None:
-        most = max(1, max_bytes // row_bytes)
+        own_direction = classes * 4 if on_cpu and itemsize < 4 else 0
+        most = max(1, max_bytes // (row_bytes + own_direction))
     elif on_cpu:
         most = max(CPU_ROWS, _cache_bytes() // row_bytes)
     else:

@@ -18,9 +18,10 @@ Truth is the reference in fp64 on the same, already rounded inputs. A result may
 On top comes one unit in the last place of the storage dtype: half is what rounding once costs, and a gradient that is
 stored rounded and scaled later, or stored by truncation as Triton's interpreter does in bf16, needs the other half.
 
-The absolute part is the smallest normal of fp32 (products flush to zero below it) or the smallest subnormal of the storage
-dtype, times what is multiplied afterwards where that exceeds 1: a direction whose element is below the smallest normal has
-no digits, whatever the row's coefficient is, nor has a row's value, whatever it is divided by, nor q, which eps divides.
+The absolute part is the smallest normal of fp32 (products flush to zero below it) times what is multiplied afterwards where
+that exceeds 1: a direction whose element is below the smallest normal has no digits, whatever the row's coefficient is, nor
+has a row's value, whatever it is divided by, nor q, which eps divides. A 16-bit gradient may lose its dtype's smallest
+subnormal besides, once.
 """
 
 import math
@@ -90,6 +91,13 @@ def _moved(function: Any, margin: Tensor, by: Tensor) -> Tensor:
 
     steps = torch.linspace(-1, 1, 33, dtype=torch.float64)
     return (at(margin + steps[:, None] * by) - at(margin)).abs().nan_to_num(0, 0, 0).amax(0)
+
+
+def _lost(storage: torch.finfo, k: Tensor) -> Tensor:
+    """What an element may lose below the range of fp32, before it is multiplied by k, and of the storage dtype."""
+    lost = torch.finfo(torch.float32).tiny * torch.clamp(k, min=1)
+    # Of the dtypes only fp16 has a smaller range, and it stores no gradient before its coefficient is known.
+    return lost + storage.smallest_normal * storage.eps if storage.bits == 16 else lost
 
 
 def expected(
@@ -192,7 +200,8 @@ def expected(
         # k = q (w / (2 q + eps)), of which q may be lost.
         of_q = (exact.example_weight * dloss).abs() / (2 * torch.sigmoid(-margin) + eps)
         k = torch.maximum(k, of_q.nan_to_num(0, 0, 0))
-    tiny = max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps)
+    one = torch.finfo(torch.float32).tiny
+    lost_in_row = _lost(storage, k)[:, None]
     if per_row or has_loss:
         values = {**options, "reduction": "none", "normalizer": None}
         values = reference.dm_loss(logits.double(), target, emphasis, **values).loss.detach()
@@ -202,14 +211,13 @@ def expected(
         cross_entropy = torch.nn.functional.softplus(-margin)
         values = torch.where(exact.example_weight == 0, 0, exact.example_weight * cross_entropy)
         scale = 1.0
-    one = torch.finfo(torch.float32).tiny
     value_error = values.abs() * (row_value + on_divisor) * u
     # Every row's value may be lost below the smallest normal, and is then multiplied by c and 1 / D.
     lost = torch.clamp(c.abs(), min=1) * one
     if not per_row:
         lost = torch.clamp(torch.where(counts, lost, 0).sum() * max(1.0, float(scale)), min=one)
     allowed = {
-        "dlogits": (storage.eps + (row_gradient + on_divisor) * u) * dlogits.abs() + tiny * torch.clamp(k, min=1)[:, None],
+        "dlogits": (storage.eps + (row_gradient + on_divisor) * u) * dlogits.abs() + lost_in_row,
         "loss": (value_error if per_row else value_error.nan_to_num(0, 0, 0).sum() * scale) + u * loss.abs() + lost,
         "example_weight": (row + on_divisor + 1) * u * exact.example_weight.abs() + one,
         "target_prob": ((BASE + 2 * reach) * u + torch.expm1(moved["prob"])) * exact.target_prob + one,
@@ -244,9 +252,8 @@ def _expected_of_transformed(logits, target, emphasis, dloss, dtype, logit_error
     allowed = dict(truth.allowed)
     allowed["dlogits"] = slope * (allowed["dlogits"] + truth.dlogits.abs() * (of_slope + u))
     # What is below the range of the storage dtype or of fp32 vanishes after the slope has been applied.
-    storage = torch.finfo(dtype)
-    k = torch.clamp(truth.dlogits.abs().sum(1, keepdim=True).nan_to_num(0, 0, 0) / 2, min=1)
-    allowed["dlogits"] += max(torch.finfo(torch.float32).tiny, storage.smallest_normal * storage.eps) * k
+    k = truth.dlogits.abs().sum(1, keepdim=True).nan_to_num(0, 0, 0) / 2
+    allowed["dlogits"] += _lost(torch.finfo(dtype), k)
     return truth._replace(dlogits=truth.dlogits * slope, allowed=allowed)
 
 
