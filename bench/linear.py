@@ -348,8 +348,9 @@ def main() -> None:
         "sparse": [_part(["--part", "sparse", *options, "--case", "512", "256", "30522", str(share)]) for share in SHARES],
         "accuracy": [_part(["--part", "accuracy", "--case", dtype]) for dtype in ("bfloat16", "float16")],
     }
-    (arguments.output / "linear.json").write_text(json.dumps(found, indent=1) + "\n")
-    (arguments.output / "linear.md").write_text(text(found))
+    name = "linear_warm" if arguments.warm else "linear"
+    (arguments.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.output / f"{name}.md").write_text(text(found))
     print(text(found))
 
 
