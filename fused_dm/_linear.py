@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -248,6 +248,84 @@ def _compute(
         correct=got.correct.reshape(target.shape),
         skipped=skipped,
     )
+
+
+@overload
+def linear_dm_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    recompute: bool = False,
+    skip_tolerance: float = 0.0,
+    drop_ignored: bool = False,
+    max_logits_bytes: int | None = None,
+    return_output: Literal[False] = False,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_dm_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    recompute: bool = False,
+    skip_tolerance: float = 0.0,
+    drop_ignored: bool = False,
+    max_logits_bytes: int | None = None,
+    return_output: Literal[True],
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> LinearDMOutput: ...
+
+
+@overload
+def linear_dm_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    emphasis: edf.EDF | str | Callable[[Tensor, Tensor], Tensor],
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum_weight",
+    normalizer: float | Tensor | None = None,
+    eps: float | None = None,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    recompute: bool = False,
+    skip_tolerance: float = 0.0,
+    drop_ignored: bool = False,
+    max_logits_bytes: int | None = None,
+    return_output: bool,
+    label_smoothing: float = 0.0,
+    impl: str | None = None,
+) -> Tensor | LinearDMOutput: ...
 
 
 def linear_dm_loss(

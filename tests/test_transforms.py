@@ -229,5 +229,6 @@ def test_double_backward_of_compiled_code(impl, options, emphasis, inplace):
 
     (gradient,) = torch.autograd.grad(step(leaf).sum(), leaf, create_graph=True)
     total = gradient.sum()
-    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+    # The gradient of any compiled code is a constant under torch 2.11, which says so where no more is asked for.
+    with pytest.raises(RuntimeError, match=r"does not currently support double backward|does not require grad"):
         total.backward()
