@@ -84,3 +84,11 @@ def test_a_slope_that_is_lost_below_the_smallest_normal_before_a_large_weight_mu
     _, dlogits = run(impl, logits, target, edf.Uniform(), **options)
     truth = expected(logits, target, edf.Uniform(), **options)
     assert ((dlogits.double().cpu() - truth.dlogits).abs() <= truth.allowed["dlogits"]).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("emphasis", [edf.AGCE(a=0.0, q=0.0625), edf.AUL(a=1 + 1e-15, q=0.01)], ids=["agce", "aul"])
+def test_a_power_that_takes_back_most_of_log_p(impl, emphasis):
+    """log w = log p + (q - 1) log(a + p) is a small difference of large numbers where a is small and p too."""
+    logits, target = make(200, 2, scale=0.0, margins=80.0, seed=3)
+    check(*run(impl, logits, target, emphasis, reduction="mean"), expected(logits, target, emphasis, reduction="mean"))

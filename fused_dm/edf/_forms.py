@@ -185,8 +185,9 @@ def _phuberce_loss(log_p: Tensor, log_q: Tensor, tau) -> Tensor:
 
 
 def _aul_log_weight(log_p: Tensor, log_q: Tensor, a, q) -> Tensor:
-    # a - p = (a - 1) + q
-    return _LN2 + log_p + log_q + (q - 1) * _log_sum(log(a - 1), log_q)
+    # a - p = (a - 1) + q, and q / (a - p) = 1 / (1 + (a - 1) / q), of which the logarithm does not cancel where a is near 1
+    log_over = log(a - 1)
+    return _LN2 + log_p + q * _log_sum(log_over, log_q) - _softplus(log_over - log_q)
 
 
 def _aul_loss(log_p: Tensor, log_q: Tensor, a, q) -> Tensor:
@@ -195,7 +196,8 @@ def _aul_loss(log_p: Tensor, log_q: Tensor, a, q) -> Tensor:
 
 
 def _agce_log_weight(log_p: Tensor, log_q: Tensor, a, q) -> Tensor:
-    return _LN2 + log_p + log_q + (q - 1) * _log_sum(log(a), log_p)
+    # p / (a + p) = 1 / (1 + a / p)
+    return _LN2 + log_q + q * _log_sum(log(a), log_p) - _softplus(log(a) - log_p)
 
 
 def _agce_loss(log_p: Tensor, log_q: Tensor, a, q) -> Tensor:

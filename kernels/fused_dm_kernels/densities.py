@@ -213,10 +213,9 @@ def phuberce_loss(log_p, log_q, params_ptr):
 
 @triton.jit
 def aul_log_weight(log_p, log_q, params_ptr):
-    """w = 2 p q (a - p)^(power - 1), with a - p = (a - 1) + q."""
-    over = (tl.load(params_ptr) - 1.0).to(log_p.dtype)
-    power_1 = (tl.load(params_ptr + 1) - 1.0).to(log_p.dtype)
-    return LN2 + log_p + log_q + power_1 * log_sum(log_nonnegative(over), log_q)
+    """w = 2 p q (a - p)^(power - 1) = 2 p (a - p)^power / (1 + (a - 1) / q), with a - p = (a - 1) + q."""
+    log_over = log_nonnegative((tl.load(params_ptr) - 1.0).to(log_p.dtype))
+    return LN2 + log_p + param(params_ptr, 1, log_p) * log_sum(log_over, log_q) - softplus(log_over - log_q)
 
 
 @triton.jit
@@ -230,10 +229,9 @@ def aul_loss(log_p, log_q, params_ptr):
 
 @triton.jit
 def agce_log_weight(log_p, log_q, params_ptr):
-    """w = 2 p q (a + p)^(power - 1)."""
+    """w = 2 p q (a + p)^(power - 1) = 2 q (a + p)^power / (1 + a / p)."""
     log_a = log_nonnegative(param(params_ptr, 0, log_p))
-    power_1 = (tl.load(params_ptr + 1) - 1.0).to(log_p.dtype)
-    return LN2 + log_p + log_q + power_1 * log_sum(log_a, log_p)
+    return LN2 + log_q + param(params_ptr, 1, log_p) * log_sum(log_a, log_p) - softplus(log_a - log_p)
 
 
 @triton.jit
