@@ -38,7 +38,8 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 PASSES = {"margin": 1, "forward": 1, "split": 1, "batch": 1, "gradient": 1, "multiply": 1, "fused": 2, "totals": 0}
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
 EXP_PER_ROW = 4
-# And those of the EDF: calls of exp, expm1_negative, softplus and log_sum in its log_weight and its f.
+# And those of the EDF: calls of exp, expm1_negative, softplus and log_sum in its log_weight and its f; a log_sum and a softplus
+# of the same difference share theirs.
 EXP_OF_FAMILY = {
     "dm": 1,
     "normal": 1,
@@ -54,8 +55,8 @@ EXP_OF_FAMILY = {
     "taylorce": 3,
     "poly1": 3,
     "phuberce": 1,
-    "aul": 6,
-    "agce": 6,
+    "aul": 5,
+    "agce": 5,
     "ael": 3,
     "js": 4,
     "self_paced": 0,
