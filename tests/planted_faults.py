@@ -151,7 +151,9 @@ FAULTS = [
     Fault("EDF: focal weight without its own 1", f"{KERNELS}/densities.py", "return LN2 + (gamma + 1.0) * log_q", "return LN2 + gamma * log_q"),
     Fault("EDF: focal weight of a certain example", f"{KERNELS}/densities.py", "share = tl.where(certain, 1.0, share)", "share = tl.where(certain, 0.0, share)"),
     Fault("EDF: Beta's alpha - 1 rounded", f"{KERNELS}/densities.py", "alpha_1 = (tl.load(params_ptr) - 1.0).to(log_p.dtype)", "alpha_1 = (tl.load(params_ptr) - 1.0).to(tl.float16).to(log_p.dtype)"),
-    Fault("EDF: AUL with p for q", f"{KERNELS}/densities.py", "power_1 * log_sum(log_nonnegative(over), log_q)", "power_1 * log_sum(log_nonnegative(over), log_p)"),
+    Fault("EDF: AUL with p for q", f"{KERNELS}/densities.py", "param(params_ptr, 1, log_p) * log_sum(log_over, log_q)", "param(params_ptr, 1, log_p) * log_sum(log_over, log_p)"),
+    Fault("EDF: AUL divided by p's term", f"{KERNELS}/densities.py", " - softplus(log_over - log_q)", " - softplus(log_over - log_p)"),
+    Fault("EDF: AGCE with the divisor upside down", f"{KERNELS}/densities.py", " - softplus(log_a - log_p)", " - softplus(log_p - log_a)"),
     Fault("EDF: truncation the wrong way round", f"{KERNELS}/densities.py", "inside = log_p > tl.log(param(params_ptr, 1, log_p))", "inside = log_p < tl.log(param(params_ptr, 1, log_p))"),
     Fault("EDF: Taylor sum one term short", f"{KERNELS}/densities.py", "for i in range(2, tl.load(params_ptr).to(tl.int32) + 1):", "for i in range(2, tl.load(params_ptr).to(tl.int32)):"),
     Fault("EDF, torch: the same GCE loss without its division", "fused_dm/edf/_forms.py", "return -torch.expm1(q * log_p) / q", "return -torch.expm1(q * log_p)"),
@@ -220,6 +222,8 @@ FIRST = {
     "transform": ["test_softcap"],
     "linear": ["test_linear"],
 }
+# Seconds after which a file's tests are taken not to end: ten times what the longest takes.
+LONGEST = 3600
 
 
 def plant(fault: Fault, folder: Path) -> None:
@@ -250,9 +254,18 @@ def catcher(fault: Fault) -> str | None:
         first = [test for start, tests in FIRST.items() if fault.name.startswith(start) for test in tests]
         # File by file, as collecting them all takes longer than most faults survive.
         for test in dict.fromkeys(first + TESTS):
-            done = subprocess.run(
-                [*command, f"tests/{test}.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False
-            )
+            try:
+                done = subprocess.run(
+                    [*command, f"tests/{test}.py"],
+                    cwd=folder,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=LONGEST,
+                )
+            except subprocess.TimeoutExpired:
+                return f"{test}.py, which had not ended after {LONGEST // 60} minutes"
             if done.returncode != 0:
                 failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
                 return failed[1] if failed else done.stdout[-300:] + done.stderr[-300:]
