@@ -1,7 +1,7 @@
 """The CPU implementation: blocks of whole rows, exponentiated once in the forward pass and scaled in the backward.
 
 Logits are (N, V), or (B, V, P) where the classes are not innermost: row b P + p is then logits[b, :, p], and is read where it
-lies, a block at a time.
+lies, a block at a time. What is done with a block is in `_walk`; here is how blocks are cut and shared among threads.
 """
 
 import ctypes
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from ._rows import compute_dtype
+from ._walk import walks
 
-# Elements a block holds: large beside the 50 us that its torch calls cost in Python, small beside a core's cache. Measured by
+# Elements a block holds: large beside the 50 us that its torch calls cost, small enough for a core's cache. Measured by
 # `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
-# Where several threads take blocks, each call may have to wait for another to give up Python's lock: fewer and larger where
-# a block takes many calls, as the forward pass does, and less so where it takes few.
-SHARED_BLOCK_ELEMENTS = 1 << 21
-SHARED_SCALED_ELEMENTS = 1 << 18
-# And where each torch call is itself spread over the threads, which then wait for each other at its end.
+# Parts of the blocks a thread, so that one which is held up leaves work to the others.
+PARTS = 4
+# Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # More threads would wait for Python's lock, of which every block takes 50 us.
 MAX_WORKERS = 16
@@ -166,15 +165,10 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
             helper.result()
 
 
-def _run(
-    matrix: Tensor,
-    work: Callable[["_Blocks"], Callable[[int, Tensor], None]],
-    dtype: torch.dtype | None,
-    shared_elements: int,
-) -> None:
-    """Cut `matrix` into blocks and call `work(blocks)(number, scratch)` for each, on torch.get_num_threads() threads.
+def _run(matrix: Tensor, work: Callable[["_Blocks", Tensor | None, int, int], None], dtype: torch.dtype | None) -> None:
+    """Call `work(blocks, scratch, begin, end)` for parts of the blocks of `matrix`, on torch.get_num_threads() threads.
 
-    The scratch memory holds a block in `dtype`, and nothing where that is None.
+    The scratch memory holds a block in `dtype`; there is none where that is None.
 
     A matrix of fewer blocks than threads is left to one thread; unless it is large, that is, of few and very long rows. Then
     each torch call is spread over the threads.
@@ -183,21 +177,20 @@ def _run(
         return
     with calm():
         threads = _threads()
-        # Two blocks a thread at least, so that one which is held up leaves work to the others.
-        largest = max(BLOCK_ELEMENTS, matrix.numel() // (2 * threads))
-        blocks = _Blocks(matrix, min(shared_elements, largest) if threads > 1 else BLOCK_ELEMENTS)
+        blocks = _Blocks(matrix, BLOCK_ELEMENTS)
         shared = threads > 1 and _runtime() is not None and len(blocks) >= threads
         spread = threads > 1 and not shared and matrix.numel() >= WIDE_BLOCK_ELEMENTS
-        if not shared and threads > 1:
-            blocks = _Blocks(matrix, WIDE_BLOCK_ELEMENTS if spread else BLOCK_ELEMENTS)
-        step = work(blocks)
+        if spread:
+            blocks = _Blocks(matrix, WIDE_BLOCK_ELEMENTS)
+        count = len(blocks)
+        size = -(-count // (PARTS * threads)) if shared else count
 
         def start() -> Callable[[int], None]:
-            scratch = torch.empty(0) if dtype is None else blocks.scratch(dtype)
-            return lambda number: step(number, scratch)
+            scratch = None if dtype is None else blocks.scratch(dtype)
+            return lambda number: work(blocks, scratch, number * size, min(number * size + size, count))
 
         with _spread(threads) if spread else nullcontext():
-            _share(threads if shared else 1, len(blocks), start)
+            _share(threads if shared else 1, -(-count // size), start)
 
 
 def pieces(rows: int) -> list[slice]:
@@ -225,49 +218,27 @@ def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
 
 
 class _Blocks:
-    """Whole rows of a matrix (N, V) or (B, V, P), about `elements` of it in a block."""
+    """The blocks of a matrix (B, V, P), of about `elements` each."""
 
     def __init__(self, matrix: Tensor, elements: int) -> None:
-        classes = matrix.shape[1]
-        self.rows = matrix.shape[0]
-        self.positions = 0
-        self.height = max(1, elements // classes)
-        if matrix.dim() == 3:
-            # Whole planes, or where one is too large a part of it.
-            self.positions = matrix.shape[2]
-            self.height = max(1, elements // (classes * self.positions))
-            self.width = min(self.positions, max(NARROW, elements // classes))
-        self.height = min(self.height, self.rows)
-        self.shape = (self.height, classes, *([self.width] if self.positions else []))
+        self.planes, self.classes, self.positions = matrix.shape
+        # Whole planes, or where one is too large a part of it.
+        self.height = min(self.planes, max(1, elements // (self.classes * self.positions)))
+        self.width = min(self.positions, max(NARROW, elements // self.classes))
 
     def __len__(self) -> int:
-        across = -(-self.positions // self.width) if self.positions else 1
-        return -(-self.rows // self.height) * across
-
-    def of(self, matrix: Tensor) -> Sequence[Tensor]:
-        """The blocks of a tensor of the matrix's shape, as views."""
-        if not self.positions:
-            return matrix.split(self.height)
-        return [part for planes in matrix.split(self.height) for part in planes.split(self.width, 2)]
-
-    def of_rows(self, values: Tensor) -> Sequence[Tensor]:
-        """The blocks of one number a row, (N,), as views that are broadcast against those of the matrix."""
-        return self.of(values.view(self.rows, 1, self.positions) if self.positions else values[:, None])
+        return -(-self.planes // self.height) * -(-self.positions // self.width)
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
         """Memory for a block, which has its classes innermost where there are few positions beside each other."""
-        if self.positions and self.width < NARROW:
-            return torch.empty((self.height, self.width, self.shape[1]), dtype=dtype).movedim(2, 1)
-        return torch.empty(self.shape, dtype=dtype)
+        if self.width < NARROW:
+            return torch.empty((self.height, self.width, self.classes), dtype=dtype).movedim(2, 1)
+        return torch.empty((self.height, self.classes, self.width), dtype=dtype)
 
 
-def _like(scratch: Tensor, block: Tensor) -> Tensor:
-    """The part of the scratch memory that holds a block, which the last ones do not fill."""
-    if scratch.shape == block.shape:
-        return scratch
-    if block.dim() == 2 or block.shape[2] == scratch.shape[2]:
-        return scratch[: block.shape[0]]
-    return scratch[: block.shape[0], :, : block.shape[2]]
+def _planes(matrix: Tensor) -> Tensor:
+    """Logits (N, V) as (N, V, 1); (B, V, P) as they are. Without what autograd knows of them."""
+    return matrix.detach().unflatten(1, (-1, 1)) if matrix.dim() == 2 else matrix.detach()
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -317,38 +288,38 @@ class _Pass:
         self.logits = logits
         self.transform = transform
 
-    def slope(self, block: Tensor) -> Tensor | None:
-        """Memory for the derivative of a block's logits as the loss takes them by those that are given; None if that is 1."""
-        return None if self.transform is None else torch.empty_like(block)
+    def run(self, out: Tensor | None, factor: Tensor | None = None) -> None:
+        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, or for k = 1."""
+        logits = _planes(self.logits)
+        gradient = None if out is None else _planes(out)
+        rows = (logits.shape[0], 1, logits.shape[2])
+        label, label_logit, row_max, row_sum = (
+            values.view(rows) for values in (self.label, self.label_logit, self.row_max, self.row_sum)
+        )
+        factors = None if factor is None else factor.detach().contiguous().view(rows)
+        # In place, a block is computed where it lies. One that is strided is faster computed elsewhere.
+        direct = out is not None and out.dim() == 2 and out.dtype == self.dtype
+        lowest = torch.finfo(self.dtype).min
 
-    def blocks(self, blocks: _Blocks) -> Callable[[int, Tensor, Tensor | None], Tensor]:
-        """A function that fills a block with exp(z - lse) over all classes but the label, and notes the rows' statistics.
+        def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
+            walks().walk(
+                logits,
+                label,
+                label_logit,
+                row_max,
+                row_sum,
+                gradient,
+                scratch,
+                factors,
+                self.transform,
+                lowest,
+                blocks.height,
+                blocks.width,
+                begin,
+                end,
+            )
 
-        It returns the labels' places; their entries are left to the caller. A `slope` is filled.
-        """
-        logits, labels = blocks.of(self.logits), blocks.of_rows(self.label)
-        label_logits, maxima, sums = (blocks.of_rows(rows) for rows in (self.label_logit, self.row_max, self.row_sum))
-        lowest, nothing = torch.finfo(self.dtype).min, self.label_logit.new_full((), -math.inf)
-
-        def fill(number: int, out: Tensor, slope: Tensor | None) -> Tensor:
-            label, row_max = labels[number], maxima[number]
-            out.copy_(logits[number])
-            if self.transform is not None:
-                _transform_(out, self.transform, slope)
-            torch.gather(out, 1, label, out=label_logits[number])
-            out.scatter_(1, label, nothing.expand(label.shape))
-            torch.amax(out, 1, keepdim=True, out=row_max)
-            # -inf less the lowest number is still -inf, where -inf less -inf is nan.
-            row_max.clamp_(min=lowest)
-            # The label's entry becomes exp(0) = 1 and is taken off again: torch's exp is ten times slower where it meets -inf.
-            out.scatter_(1, label, row_max)
-            out.sub_(row_max).exp_()
-            row_sum = torch.sum(out, 1, keepdim=True, out=sums[number]).sub_(1)
-            # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
-            out.mul_(row_sum.clamp(min=0.5).reciprocal_())
-            return label
-
-        return fill
+        _run(logits, work, None if direct else self.dtype)
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
@@ -363,34 +334,11 @@ class _Pass:
         return torch.cat(margins), torch.cat(leads)
 
 
-def _transform_(logits: Tensor, transform: Tensor, slope: Tensor | None = None) -> None:
-    """Replace logits by scale z or cap tanh(scale z / cap), and fill `slope` with the derivative.
-
-    That is scale / cosh^2, which has its digits where 1 - tanh^2 has lost them.
-    """
-    logits.mul_(transform[0])
-    if len(transform) == 2:
-        logits.div_(transform[1])
-        if slope is not None:
-            torch.cosh(logits, out=slope).reciprocal_().square_().mul_(transform[0])
-        logits.tanh_().mul_(transform[1])
-    elif slope is not None:
-        slope.fill_(transform[0])
-
-
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
     walk = _Pass(logits, target, ignore_index, transform)
 
-    def work(blocks: _Blocks) -> Callable[[int, Tensor], None]:
-        fill, parts = walk.blocks(blocks), blocks.of(logits)
-
-        def step(number: int, scratch: Tensor) -> None:
-            fill(number, _like(scratch, parts[number]), None)
-
-        return step
-
-    _run(logits, work, walk.dtype, SHARED_BLOCK_ELEMENTS)
+    walk.run(None)
     margins, lead = walk.margins()
     return margins, torch.stack([walk.row_max, walk.row_sum, lead])
 
@@ -404,27 +352,7 @@ def direction(
     """
     walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
-    direct = out.dim() == 2 and out.dtype == walk.dtype
-    # Faster than the number itself.
-    minus_one = walk.label_logit.new_full((), -1.0)
-
-    def work(blocks: _Blocks) -> Callable[[int, Tensor], None]:
-        fill, parts = walk.blocks(blocks), blocks.of(out)
-
-        def step(number: int, scratch: Tensor) -> None:
-            part = parts[number]
-            block = part if direct else _like(scratch, part)
-            slope = walk.slope(block)
-            label = fill(number, block, slope)
-            block.scatter_(1, label, minus_one.expand(label.shape))
-            if slope is not None:
-                block.mul_(slope)
-            if not direct:
-                part.copy_(block)
-
-        return step
-
-    _run(logits, work, None if direct else walk.dtype, SHARED_BLOCK_ELEMENTS)
+    walk.run(out)
     return *walk.margins(), out
 
 
@@ -440,21 +368,13 @@ def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
 
 def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
     """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
-    direct = matrix.dtype == factor.dtype
+    planes = _planes(matrix)
+    factors = factor.detach().contiguous().view(planes.shape[0], 1, planes.shape[2])
 
-    def work(blocks: _Blocks) -> Callable[[int, Tensor], None]:
-        parts, factors = blocks.of(matrix), blocks.of_rows(factor)
+    def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
+        walks().scale(planes, factors, scratch, blocks.height, blocks.width, begin, end)
 
-        def step(number: int, scratch: Tensor) -> None:
-            part = parts[number]
-            if direct:
-                part.mul_(factors[number])
-            else:
-                part.copy_(_like(scratch, part).copy_(part).mul_(factors[number]))
-
-        return step
-
-    _run(matrix, work, None if direct else factor.dtype, SHARED_SCALED_ELEMENTS)
+    _run(planes, work, None if matrix.dtype == factor.dtype else factor.dtype)
     _zero_rows_(matrix, factor == 0)
 
 
@@ -469,24 +389,6 @@ def margin_gradient(
     """dlogits for a derivative by the margin (N,), from the logits. `out` may be the logits themselves."""
     walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
-    given = out
-
-    def work(blocks: _Blocks) -> Callable[[int, Tensor], None]:
-        fill, parts, factors = walk.blocks(blocks), blocks.of(given), blocks.of_rows(dmargin.contiguous())
-
-        def step(number: int, scratch: Tensor) -> None:
-            part = parts[number]
-            block = _like(scratch, part)
-            slope = walk.slope(block)
-            label = fill(number, block, slope)
-            # Where the sum is 0, so is the block, and the label's entry is filled with 0 below.
-            block.mul_(-factors[number]).scatter_(1, label, factors[number])
-            if slope is not None:
-                block.mul_(slope)
-            part.copy_(block)
-
-        return step
-
-    _run(logits, work, walk.dtype, SHARED_BLOCK_ELEMENTS)
+    walk.run(out, dmargin)
     _zero_rows_(out, ~walk.valid | (dmargin == 0) | (walk.row_sum == 0))
     return out

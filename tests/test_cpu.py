@@ -24,8 +24,6 @@ def two_threads():
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS", 2000)
-    monkeypatch.setattr(_cpu, "SHARED_BLOCK_ELEMENTS", 2500)
-    monkeypatch.setattr(_cpu, "SHARED_SCALED_ELEMENTS", 1500)
     monkeypatch.setattr(_cpu, "WIDE_BLOCK_ELEMENTS", 3000)
     monkeypatch.setattr(_cpu, "PIECE_ROWS", 64)
     monkeypatch.setattr(_cpu, "SHARED_PIECE_ROWS", 48)
