@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -30,8 +29,6 @@ BLOCK_ELEMENTS = 1 << 17
 PARTS = 4
 # Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
-# More threads would wait for Python's lock, of which every block takes 50 us.
-MAX_WORKERS = 16
 # Rows whose weights and values are computed at once, likewise.
 PIECE_ROWS = 1 << 15
 SHARED_PIECE_ROWS = 1 << 17
@@ -47,14 +44,19 @@ _R = TypeVar("_R")
 
 
 class _Runtime(NamedTuple):
-    """The calls that set how many threads the parallel regions of *this* thread use, in the libraries torch is linked with.
+    """Calls of the libraries that torch is linked with, for the threads of *one* thread's parallel regions.
 
-    torch.set_num_threads would do the same and change it for every thread that is started later as well.
+    torch.set_num_threads would set their number too, and change it for every thread that is started later as well.
     """
 
-    openmp: Callable[[int], None]
+    set_threads: Callable[[int], None]
     # MKL's exp starts threads of its own unless it is told not to. Returns the number before.
-    mkl: Callable[[int], int]
+    set_mkl_threads: Callable[[int], int]
+    # OpenMP's parallel region, as GCC calls it (LLVM's and Intel's libraries have it too): function, its argument, threads, 0.
+    parallel: Callable[[Callable[[int | None], None], None, int, int], None]
+
+
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache
@@ -64,12 +66,26 @@ def _runtime() -> _Runtime | None:
         return None
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        openmp = library.omp_set_num_threads
+        openmp, parallel = library.omp_set_num_threads, library.GOMP_parallel
         mkl = library.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else lambda number: 0
     except (OSError, AttributeError):
         return None
     openmp.argtypes, openmp.restype = [ctypes.c_int], None
-    return _Runtime(openmp, mkl)
+    parallel.argtypes, parallel.restype = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return _Runtime(openmp, mkl, parallel)
+
+
+_forked = False
+
+
+def _after_a_fork() -> None:
+    """The child has none of OpenMP's threads, whose library would wait for them."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_a_fork)
 
 
 # `threads`, on a thread that is calm: how many it would have used.
@@ -77,7 +93,7 @@ _local = threading.local()
 
 
 def _threads() -> int:
-    return min(getattr(_local, "threads", None) or torch.get_num_threads(), MAX_WORKERS)
+    return 1 if _forked else getattr(_local, "threads", None) or torch.get_num_threads()
 
 
 @contextmanager
@@ -89,15 +105,15 @@ def calm() -> Iterator[None]:
         return
     # The first call gives a new thread the process's number, which would otherwise replace ours later.
     before = torch.get_num_threads()
-    runtime.openmp(1)
-    mkl = runtime.mkl(1)
+    runtime.set_threads(1)
+    mkl = runtime.set_mkl_threads(1)
     _local.threads = before
     try:
         yield
     finally:
         _local.threads = None
-        runtime.openmp(before)
-        runtime.mkl(mkl)
+        runtime.set_threads(before)
+        runtime.set_mkl_threads(mkl)
 
 
 @contextmanager
@@ -105,64 +121,46 @@ def _spread(threads: int) -> Iterator[None]:
     """Within `calm`, torch calls are spread over `threads` after all."""
     runtime = _runtime()
     if runtime:
-        runtime.openmp(threads)
+        runtime.set_threads(threads)
     try:
         yield
     finally:
         if runtime:
-            runtime.openmp(1)
-
-
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def _forget_pool() -> None:
-    """After a fork the child has none of the threads."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _workers() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(MAX_WORKERS - 1, "fused_dm")
-        return _pool
+            runtime.set_threads(1)
 
 
 def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]]) -> None:
     """Call `start()(number)` for every number below `count`, on several threads or on this one, `start` once on each.
 
-    The threads take numbers as they come, so that one which shares its core with a busy process holds up no other.
+    The threads are those that torch has its own calls run on: they are awake where torch was busy a moment ago, and would
+    be in the way of any others. They take numbers as they come, so that one which shares its core with a busy process holds
+    up no other.
     """
     remaining, lock = iter(range(count)), threading.Lock()
     inference = torch.is_inference_mode_enabled()
+    failures: list[BaseException] = []
 
-    def take() -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            step = start()
-            while True:
-                with lock:
-                    number = next(remaining, None)
-                if number is None:
-                    return
-                step(number)
+    def take(_: int | None = None) -> None:
+        try:
+            with calm(), torch.inference_mode(inference), torch.no_grad():
+                step = start()
+                while True:
+                    with lock:
+                        number = next(remaining, None)
+                    if number is None:
+                        return
+                    step(number)
+        except BaseException as error:
+            # No exception gets through a parallel region.
+            failures.append(error)
 
-    def help_out() -> None:
-        with calm():
-            take()
-
-    helpers = [_workers().submit(help_out) for _ in range(threads - 1)]
-    try:
+    runtime = _runtime()
+    if threads == 1 or runtime is None:
         take()
-    finally:
-        for helper in helpers:
-            helper.result()
+    else:
+        runtime.parallel(_Body(take), None, threads, 0)
+    if failures:
+        raise failures[0]
 
 
 def _run(matrix: Tensor, work: Callable[["_Blocks", Tensor | None, int, int], None], dtype: torch.dtype | None) -> None:

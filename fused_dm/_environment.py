@@ -8,6 +8,7 @@ import sys
 import torch
 
 from ._api import available_impls
+from ._walk import walks
 
 _PACKAGES = ("torch", "triton", "numpy")
 _SWITCHES = ("TRITON_INTERPRET", "FUSED_DM_VALIDATE")
@@ -41,6 +42,7 @@ def environment() -> dict[str, str]:
     lines["torch built for"] = f"{'CUDA' if torch.version.cuda else 'ROCm'} {built}" if built else "CPU"
     lines |= _gpus()
     lines["CPU threads"] = str(torch.get_num_threads())
+    lines["CPU blocks"] = f"run by {walks().run_by}"
     lines["implementations"] = ", ".join(available_impls())
     return lines | {name: os.environ[name] for name in _SWITCHES if name in os.environ}
 

@@ -16,21 +16,16 @@ import torch
 from torch import Tensor
 
 
-def block_of(tensor: Tensor, number: int, height: int, width: int) -> Tensor:
-    """A block, as a view: they are counted along the positions of a plane first."""
-    across = (tensor.shape[2] + width - 1) // width
-    planes = tensor.narrow(0, number // across * height, min(height, tensor.shape[0] - number // across * height))
-    if across == 1:
-        return planes
-    position = number % across * width
-    return planes.narrow(2, position, min(width, tensor.shape[2] - position))
+def block_of(tensor: Tensor, plane: int, planes: int, position: int, positions: int) -> Tensor:
+    """A block, as a view."""
+    block = tensor.narrow(0, plane, planes)
+    # The call costs as much as a pass over a thousand numbers.
+    return block if block.size(2) == positions else block.narrow(2, position, positions)
 
 
-def room_for(block: Tensor, scratch: Tensor) -> Tensor:
+def room_for(scratch: Tensor, planes: int, positions: int) -> Tensor:
     """The part of the scratch memory that holds a block, which the last ones do not fill."""
-    if block.shape == scratch.shape:
-        return scratch
-    return scratch[: block.shape[0], :, : block.shape[2]]
+    return block_of(scratch, 0, planes, 0, positions)
 
 
 def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
@@ -48,13 +43,15 @@ def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
         slope.copy_(transform[0])
 
 
-def fill_(block: Tensor, label: Tensor, label_logit: Tensor, row_max: Tensor, row_sum: Tensor, lowest: float) -> None:
+def fill_(
+    block: Tensor, label: Tensor, label_logit: Tensor, row_max: Tensor, row_sum: Tensor, nothing: Tensor, lowest: float
+) -> None:
     """Turn a block of logits into exp(z - lse) over all classes but the label, and note the rows' statistics.
 
-    The labels' entries are left to the caller. `lowest` is the lowest finite number.
+    The labels' entries are left to the caller. `nothing` is -inf, and `lowest` the lowest finite number.
     """
     torch.gather(block, 1, label, out=label_logit)
-    block.scatter_(1, label, torch.full_like(row_max, float("-inf")))
+    block.scatter_(1, label, nothing.expand_as(label))
     torch.amax(block, 1, keepdim=True, out=row_max)
     # -inf less the lowest number is still -inf, where -inf less -inf is nan.
     row_max.clamp_(min=lowest)
@@ -88,32 +85,36 @@ def walk(
     there are the statistics alone. Without `scratch`, which holds a block in the dtype of the statistics, the computation
     takes place in `out`.
     """
+    nothing, minus_one = row_max.new_full([1, 1, 1], float("-inf")), row_max.new_full([1, 1, 1], -1.0)
+    across = (logits.size(2) + width - 1) // width
     for number in range(begin, end):
-        given = block_of(logits, number, height, width)
-        result = given if out is None else block_of(out, number, height, width)
-        block = result if scratch is None else room_for(given, scratch)
+        plane, position = number // across * height, number % across * width
+        planes, positions = min(height, logits.size(0) - plane), min(width, logits.size(2) - position)
+        given = block_of(logits, plane, planes, position, positions)
+        result = given if out is None else block_of(out, plane, planes, position, positions)
+        block = result if scratch is None else room_for(scratch, planes, positions)
         block.copy_(given)
         slope: Tensor | None = None
         if transform is not None:
             if out is not None:
                 slope = torch.empty_like(block)
             transform_(block, transform, slope)
-        at = block_of(label, number, height, width)
-        maxima = block_of(row_max, number, height, width)
+        at = block_of(label, plane, planes, position, positions)
         fill_(
             block,
             at,
-            block_of(label_logit, number, height, width),
-            maxima,
-            block_of(row_sum, number, height, width),
+            block_of(label_logit, plane, planes, position, positions),
+            block_of(row_max, plane, planes, position, positions),
+            block_of(row_sum, plane, planes, position, positions),
+            nothing,
             lowest,
         )
         if out is not None:
             if factor is None:
-                block.scatter_(1, at, torch.full_like(maxima, -1.0))
+                block.scatter_(1, at, minus_one.expand_as(at))
             else:
                 # Where the sum of a row is 0, so is the block, and the caller fills the label's entry with 0.
-                factors = block_of(factor, number, height, width)
+                factors = block_of(factor, plane, planes, position, positions)
                 block.mul_(-factors).scatter_(1, at, factors)
             if slope is not None:
                 block.mul_(slope)
@@ -123,12 +124,16 @@ def walk(
 
 def scale(matrix: Tensor, factor: Tensor, scratch: Tensor | None, height: int, width: int, begin: int, end: int) -> None:
     """Multiply the rows of blocks `begin` to `end` by their factors, in the dtype of `scratch`, rounding once."""
+    across = (matrix.size(2) + width - 1) // width
     for number in range(begin, end):
-        block, factors = block_of(matrix, number, height, width), block_of(factor, number, height, width)
+        plane, position = number // across * height, number % across * width
+        planes, positions = min(height, matrix.size(0) - plane), min(width, matrix.size(2) - position)
+        block = block_of(matrix, plane, planes, position, positions)
+        factors = block_of(factor, plane, planes, position, positions)
         if scratch is None:
             block.mul_(factors)
         else:
-            block.copy_(room_for(block, scratch).copy_(block).mul_(factors))
+            block.copy_(room_for(scratch, planes, positions).copy_(block).mul_(factors))
 
 
 class Walks(NamedTuple):

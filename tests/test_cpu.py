@@ -8,7 +8,8 @@ import torch
 from batches import DTYPES, make, run
 from tolerance import check, expected
 
-from fused_dm import _cpu, dm_loss, edf
+import fused_dm
+from fused_dm import _cpu, _walk, dm_loss, edf
 
 DM = edf.DM(beta=8, lambd=0.5)
 
@@ -185,10 +186,10 @@ class TestThreads:
 
     @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this platform")
     def test_after_a_fork(self):
-        """A forked child has none of the threads and starts its own. (Torch's own parallel regions may hang there.)"""
-        run("cpu", *make(101, 90), DM)
-        assert _cpu._pool is not None
-        child = multiprocessing.get_context("fork").Process(target=_in_the_child)
+        """A forked child has none of the threads, and OpenMP would wait for them: it works alone."""
+        batch = make(101, 90)
+        _, dlogits = run("cpu", *batch, DM)
+        child = multiprocessing.get_context("fork").Process(target=_in_the_child, args=(batch, dlogits))
         child.start()
         child.join(30)
         if child.is_alive():
@@ -196,6 +197,41 @@ class TestThreads:
         assert child.exitcode == 0
 
 
-def _in_the_child() -> None:
-    assert _cpu._pool is None
-    assert _cpu._workers().submit(lambda: "done").result(20) == "done"
+def _in_the_child(batch: tuple[torch.Tensor, torch.Tensor], alone: torch.Tensor) -> None:
+    _, dlogits = run("cpu", *batch, DM)
+    assert torch.equal(dlogits, alone)
+
+
+@pytest.mark.usefixtures("small_blocks", "two_threads")
+class TestCompiled:
+    """TorchScript and Python run the same walks."""
+
+    def test_this_torch_compiles_them(self):
+        assert _walk.walks().run_by == "TorchScript"
+
+    @pytest.mark.parametrize("shape", [(101, 90), (3, 5000), (3, 21, 10, 23), (9, 300, 3)])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("options", [{}, {"logit_scale": 2.0}, {"softcap": 3.0}, {"reduction": "none"}], ids=str)
+    def test_same_bits_without(self, shape, dtype, options, monkeypatch):
+        logits = torch.randn(shape).to(dtype)
+        target = torch.randint(shape[1], (shape[0], *shape[2:]))
+        target.view(-1)[1] = -100
+        compiled = run("cpu", logits, target, DM, **options)
+        as_they_stand = _walk.Walks(_walk.walk, _walk.scale, "Python")
+        monkeypatch.setattr(_cpu, "walks", lambda: as_they_stand)
+        python = run("cpu", logits, target, DM, **options)
+        torch.testing.assert_close(compiled, python, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("error", [OSError("could not get source code"), RuntimeError("Unknown builtin op")], ids=repr)
+    def test_where_they_cannot_be(self, error, monkeypatch):
+        def fail(source):
+            raise error
+
+        _walk.walks.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.jit, "CompilationUnit", fail)
+            found = _walk.walks()
+            assert found.walk is _walk.walk
+            assert str(error) in fused_dm.environment_report()
+        _walk.walks.cache_clear()
+        assert "CPU blocks: run by TorchScript" in fused_dm.environment_report()

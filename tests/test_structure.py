@@ -16,7 +16,7 @@ EDGES = {
     "_api": {"_cpu", "_loss", "_operators", "_validation", "edf", "reference"},
     "_cli": {"_environment", "_extras", "_plot", "edf"},
     "_cpu": {"_rows", "_walk"},
-    "_environment": {"_api", "__version__"},
+    "_environment": {"_api", "_walk", "__version__"},
     "_extras": set(),
     "_launch": set(),
     "_linear": {"_api", "_linear_operators", "_loss", "_operators", "_validation", "edf", "reference"},
