@@ -271,13 +271,14 @@ class _Pass:
 
     def __init__(self, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> None:
         self.dtype = compute_dtype(logits.dtype)
-        self.valid = target != ignore_index
         target = target.long()
         # Mostly all are labels, which one look at the largest and the smallest shows.
-        lowest, highest = target.aminmax() if target.numel() else (target.sum(), target.sum())
-        if lowest >= 0 and highest < logits.shape[1]:
-            self.label = target
-        else:
+        lowest, highest = map(int, target.aminmax()) if target.numel() else (0, 0)
+        self.label = target
+        # None where no row is ignored.
+        self.valid: Tensor | None = None
+        if not (lowest >= 0 and highest < logits.shape[1] and not lowest <= ignore_index <= highest):
+            self.valid = target != ignore_index
             check_labels(target, self.valid, logits.shape[1], ignore_index)
             self.label = torch.where(self.valid, target, 0)
         # Row by row what a matrix without classes has.
@@ -322,14 +323,22 @@ class _Pass:
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
 
-        def of(rows: slice) -> tuple[Tensor, Tensor]:
+        margins, leads = torch.empty_like(self.row_max), torch.empty_like(self.row_max)
+
+        def of(rows: slice) -> None:
             label_logit = self.label_logit[rows]
-            lead = label_logit.masked_fill(~self.valid[rows] | (label_logit == math.inf), math.nan) - self.row_max[rows]
-            return lead - self.row_sum[rows].log(), lead
+            # One look at the sum spares one at every row.
+            if self.valid is not None or not math.isfinite(label_logit.sum()):
+                nothing = label_logit == math.inf
+                if self.valid is not None:
+                    nothing |= ~self.valid[rows]
+                label_logit = label_logit.masked_fill(nothing, math.nan)
+            lead = torch.sub(label_logit, self.row_max[rows], out=leads[rows])
+            torch.sub(lead, self.row_sum[rows].log(), out=margins[rows])
 
         with calm():
-            margins, leads = zip(*each(of, pieces(len(self.valid))), strict=True)
-        return torch.cat(margins), torch.cat(leads)
+            each(of, pieces(len(margins)))
+        return margins, leads
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -356,8 +365,6 @@ def direction(
 
 def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
     """Fill the rows of `matrix` that `zero` (N,) tells, whatever they hold."""
-    if not zero.any():
-        return
     if matrix.dim() == 2:
         matrix.index_fill_(0, zero.nonzero()[:, 0], 0.0)
     else:
@@ -373,7 +380,9 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
         walks().scale(planes, factors, scratch, blocks.height, blocks.width, begin, end)
 
     _run(planes, work, None if matrix.dtype == factor.dtype else factor.dtype)
-    _zero_rows_(matrix, factor == 0)
+    # The count takes half as long as finding them.
+    if factor.count_nonzero() < len(factor):
+        _zero_rows_(matrix, factor == 0)
 
 
 def margin_gradient(
@@ -388,5 +397,9 @@ def margin_gradient(
     walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
     walk.run(out, dmargin)
-    _zero_rows_(out, ~walk.valid | (dmargin == 0) | (walk.row_sum == 0))
+    zero = (dmargin == 0) | (walk.row_sum == 0)
+    if walk.valid is not None:
+        zero |= ~walk.valid
+    if zero.any():
+        _zero_rows_(out, zero)
     return out

@@ -166,12 +166,13 @@ def of_margins(problem: Problem, margin: Tensor) -> OfMargins:
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
     eager = _eager_on_a_cpu(problem, margin)
+    no_eps = eager and eps.item() == 0
 
     def of(rows: slice) -> tuple[RowTerms, Tensor, bool]:
         # The margin of an ignored row is nan.
         ordinary = eager and weight is None and math.isfinite(margin[rows].sum())
         of_rows = None if weight is None else weight[rows]
-        terms = row_terms(margin[rows], valid[rows], of_rows, eps, log_weight, loss, ordinary)
+        terms = row_terms(margin[rows], valid[rows], of_rows, eps, log_weight, loss, ordinary, no_eps)
         return terms, largest_log_weight(terms), ordinary
 
     slices = _cpu.pieces(margin.numel()) if eager else [slice(None)]

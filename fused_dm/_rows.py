@@ -82,20 +82,25 @@ def row_terms(
     log_weight: Callable[[Tensor, Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor] | None,
     ordinary: bool = False,
+    no_eps: bool = False,
 ) -> RowTerms:
     """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`.
 
-    `ordinary` says that no margin is infinite or nan, no row ignored and `weight` None: nothing is left to choose row by row,
-    which on a CPU takes longer than all the arithmetic.
+    `ordinary` says that no margin is infinite or nan, no row ignored and `weight` None, and `no_eps` that `eps` is 0: what is
+    then known takes longer on a CPU than all the arithmetic.
     """
     opposite = -margin
-    log_p, log_q, q = F.logsigmoid(margin), F.logsigmoid(opposite), torch.sigmoid(opposite)
+    log_p, log_q = F.logsigmoid(margin), F.logsigmoid(opposite)
     log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
     if not ordinary:
         log_w = torch.where(margin.isnan(), margin, log_w)
     value = -log_p if loss is None else loss(log_p, log_q)
-    # Where q and eps are both 0, the quotient is nan and not taken.
-    unit = torch.where(eps == 0, 0.5, q / (2 * q + eps))
+    if no_eps:
+        unit = torch.full_like(margin, 0.5)
+    else:
+        q = torch.sigmoid(opposite)
+        # Where q and eps are both 0, the quotient is nan and not taken.
+        unit = torch.where(eps == 0, 0.5, q / (2 * q + eps))
     if ordinary:
         return RowTerms(log_w, torch.ones_like(margin), unit, value)
     sign = valid.to(margin.dtype)
