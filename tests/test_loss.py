@@ -139,12 +139,13 @@ def test_rows_and_classes_may_be_strided(impl, reduction, layout):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
-def test_rows_further_apart_than_32_bits_reach(impl, reduction):
-    """Two rows 2^31 elements apart, as the last position of a batch of sequences over a large vocabulary may have them."""
+@pytest.mark.parametrize(("count", "stride"), [(2, 2**31), (3, 2**30 + 1)], ids=["stride", "product"])
+def test_rows_further_apart_than_32_bits_reach(impl, reduction, count, stride):
+    """As the last positions of a batch of sequences over a large vocabulary may be: their stride, or a multiple of it."""
     # Memory that is not touched takes no place.
     buffer = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device_of(impl))
-    logits, target = make(2, 16, torch.bfloat16)
-    rows = buffer.as_strided((2, 16), (2**31, 1))
+    logits, target = make(count, 16, torch.bfloat16)
+    rows = buffer.as_strided((count, 16), (stride, 1))
     rows.copy_(logits)
     leaf = rows.detach().requires_grad_()
     output = dm_loss(leaf, target.to(leaf.device), DM, reduction=reduction, return_output=True, impl=impl)
