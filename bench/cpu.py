@@ -102,7 +102,7 @@ def sweep_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int) -
     seconds: dict[int, list[float]] = {elements: [] for elements in BLOCKS}
     for repeat in range(-1, repeats):
         for elements in BLOCKS:
-            _cpu.BLOCK_ELEMENTS = _cpu.SHARED_BLOCK_ELEMENTS = _cpu.SHARED_SCALED_ELEMENTS = elements
+            _cpu.BLOCK_ELEMENTS = elements
             took = _seconds(ours)
             if repeat >= 0:
                 seconds[elements].append(took)

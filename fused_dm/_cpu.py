@@ -22,7 +22,7 @@ from torch import Tensor
 from ._rows import compute_dtype
 from ._walk import walks
 
-# Elements a block holds: large beside the 50 us that its torch calls cost, small enough for a core's cache. Measured by
+# Elements a block holds: large beside the 26 us that its torch calls cost, small enough for a core's cache. Measured by
 # `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
 # Parts of the blocks a thread, so that one which is held up leaves work to the others.

@@ -86,7 +86,7 @@ FAULTS = [
     Fault("parameters in fp32", "fused_dm/_api.py", "        params = torch.tensor(values, dtype=torch.float64, device=device)", "        params = torch.tensor(values, dtype=torch.float32, device=device).double()"),
     # CPU
     Fault("CPU: label not masked", "fused_dm/_walk.py", "    block.scatter_(1, label, nothing.expand_as(label))\n", ""),
-    Fault("CPU: the largest label unchecked", "fused_dm/_cpu.py", "if lowest >= 0 and highest < logits.shape[1]:", "if lowest >= 0:"),
+    Fault("CPU: the largest label unchecked", "fused_dm/_cpu.py", "lowest >= 0 and highest < logits.shape[1] and not", "lowest >= 0 and not"),
     Fault("CPU: last part of the rows dropped", "fused_dm/_cpu.py", "for first in range(0, max(rows, 1), size)]", "for first in range(0, max(rows, 1) - size + 1, size)] or [slice(0, rows)]"),
     Fault("CPU: last rows dropped", "fused_dm/_cpu.py", "return -(-self.planes // self.height) *", "return max(1, self.planes // self.height) *"),
     Fault("CPU: the label's 1 left in the sum", "fused_dm/_walk.py", "out=row_sum).sub_(1)", "out=row_sum)"),

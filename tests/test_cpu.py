@@ -108,7 +108,7 @@ class TestSpatial:
 
 @pytest.mark.usefixtures("small_blocks", "two_threads")
 class TestThreads:
-    @pytest.mark.parametrize("shape", [(101, 90), (3, 5000)])
+    @pytest.mark.parametrize("shape", [(101, 90), (370, 90), (3, 5000)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_same_bits_for_any_number(self, shape, dtype):
         logits = torch.randn(shape).to(dtype)
