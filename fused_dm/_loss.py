@@ -166,7 +166,7 @@ def of_margins(problem: Problem, margin: Tensor) -> OfMargins:
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
     eager = _eager_on_a_cpu(problem, margin)
-    no_eps = eager and eps.item() == 0
+    no_eps = eager and not eps
 
     def of(rows: slice) -> tuple[RowTerms, Tensor, bool]:
         # The margin of an ignored row is nan.
