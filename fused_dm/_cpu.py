@@ -32,6 +32,8 @@ WIDE_BLOCK_ELEMENTS = 1 << 20
 # Rows whose weights and values are computed at once, likewise.
 PIECE_ROWS = 1 << 15
 SHARED_PIECE_ROWS = 1 << 17
+# Of Linux 5.14; older ones answer that they do not know it.
+MADV_POPULATE_WRITE = 23
 # A row of fewer positions than this side by side is transposed within its block.
 NARROW = 16
 
@@ -242,15 +244,17 @@ def _planes(matrix: Tensor) -> Tensor:
 def _new_gradient(logits: Tensor) -> Tensor:
     """An empty tensor of the logits' shape and dtype, on huge pages where Linux gives them on request.
 
-    A gradient is new memory in every step, and the faults on its pages of 4 KiB cost as much as the computation. The request
-    is a hint, as numpy makes it for its own arrays: where it is not granted, nothing else changes.
+    A gradient is new memory in every step, and the faults on its pages of 4 KiB cost as much as the computation; those on huge
+    pages cost several threads, which get in each other's way, twice what they cost one. So it asks for huge pages, as numpy
+    does for its own arrays, and for all of them at once. Both are hints: where they are not granted, nothing else changes.
     """
     out = logits.new_empty(logits.shape)
     size = out.numel() * out.element_size()
     if sys.platform == "linux" and size >= 1 << 22:
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
+        for advice in (mmap.MADV_HUGEPAGE, MADV_POPULATE_WRITE):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
     return out
 
 
