@@ -339,7 +339,6 @@ class _Pass:
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
-
         margins, leads = torch.empty_like(self.row_max), torch.empty_like(self.row_max)
 
         def of(rows: slice) -> None:
@@ -361,7 +360,6 @@ class _Pass:
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, sum, lead."""
     walk = _Pass(logits, target, ignore_index, transform)
-
     walk.run(None)
     margins, lead = walk.margins()
     return margins, torch.stack([walk.row_max, walk.row_sum, lead])
