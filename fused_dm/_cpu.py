@@ -255,19 +255,24 @@ def _new_gradient(logits: Tensor) -> Tensor:
         length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(start, length, mmap.MADV_HUGEPAGE)
         # The request takes its time where an allocator has kept the pages, as a few of them show.
-        if not all(_is_there(start + length * part // 8 // mmap.PAGESIZE * mmap.PAGESIZE) for part in range(8)):
+        if not all(_is_there(start + length * part // 4 // mmap.PAGESIZE * mmap.PAGESIZE) for part in range(4)):
             _advise(start, length, MADV_POPULATE_WRITE)
     return out
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _advise(start: int, length: int, advice: int) -> None:
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def _is_there(page: int) -> bool:
     """Whether a page of this process has memory."""
     answer = ctypes.create_string_buffer(1)
-    known = ctypes.CDLL(None).mincore(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), answer) == 0
+    known = _libc().mincore(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), answer) == 0
     return known and answer.raw[0] & 1 == 1
 
 

@@ -1,6 +1,9 @@
 """The CPU implementation's blocks and threads: they change nothing but the time."""
 
+import ctypes
+import mmap
 import multiprocessing
+import sys
 import threading
 
 import pytest
@@ -104,6 +107,21 @@ class TestSpatial:
         large = [size for size in sizes if size[0] not in own and size[1] > max(4 * 2000, 8 * target.numel())]
         assert logits.nbytes > 8 * max(4 * 2000, 8 * target.numel())
         assert not large
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the calls are Linux's")
+def test_a_large_gradient_has_its_memory():
+    new = _cpu._new_gradient(torch.empty(2048, 1024))
+    pages = range(-(-new.data_ptr() // mmap.PAGESIZE), (new.data_ptr() + new.nbytes) // mmap.PAGESIZE, 50)
+    if _cpu._libc().madvise(
+        ctypes.c_void_p(pages[0] * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), _cpu.MADV_POPULATE_WRITE
+    ):
+        pytest.skip("this kernel takes no such request")
+    assert all(_cpu._is_there(page * mmap.PAGESIZE) for page in pages)
+    # What nobody has touched is not there.
+    untouched = mmap.mmap(-1, 1 << 22)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(untouched))
+    assert not _cpu._is_there(address + (1 << 21))
 
 
 @pytest.mark.usefixtures("small_blocks", "two_threads")
