@@ -199,13 +199,14 @@ FAULTS = [
 # Quickest first; the slow ones about compilers, packaging and training notice nothing here.
 TESTS = [
     "test_edges",
-    "test_reference",
-    "test_cpu",
     "test_margin",
-    "test_loss",
     "test_traffic",
     "test_layouts",
     "test_launch",
+    "test_regressions",
+    "test_reference",
+    "test_cpu",
+    "test_loss",
     "test_arguments",
     "test_inplace",
     "test_edf",
@@ -215,7 +216,6 @@ TESTS = [
     "test_transforms",
     "test_softcap",
     "test_linear",
-    "test_regressions",
     "test_promises",
 ]
 # Where to look first, by the beginning of a fault's name: it saves time and nothing else.
