@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import GPU, device_of, make
+from batches import GPU, device_of, make, run
 from launches import WAYS, counted_launches, forced
 from tolerance import check, expected
 
@@ -176,3 +176,18 @@ def test_odd_classes_unaligned_rows_and_labels(classes, begin, dtype):
         output = dm_loss(leaf, labels, DM, impl="triton", reduction=reduction, return_output=True)
         (dlogits,) = torch.autograd.grad(output.loss, leaf)
         check(output, dlogits, expected(logits, target, DM, reduction=reduction))
+
+
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("anything", [torch.nan, torch.inf, 1e38])
+def test_positions_beside_those_that_count_may_hold_anything(anything, dtype, reduction):
+    """An ignored position is read where its neighbours in 16 bytes are, and changes nothing."""
+    logits = torch.randn(2, 7, 24).to(dtype)
+    target = torch.randint(7, (2, 24))
+    target[:, ::3] = -100
+    clean, gradient = run("triton", logits, target, DM, reduction=reduction)
+    logits.movedim(1, -1)[target == -100] = anything
+    output, dlogits = run("triton", logits, target, DM, reduction=reduction)
+    assert torch.equal(output.loss, clean.loss)
+    assert torch.equal(dlogits, gradient)
