@@ -274,7 +274,7 @@ def catcher(fault: Fault) -> str | None:
             except subprocess.TimeoutExpired:
                 return f"{test}.py, which had not ended after {LONGEST // 60} minutes"
             if done.returncode != 0:
-                failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+                failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", done.stdout, re.MULTILINE)
                 return failed[1] if failed else done.stdout[-300:] + done.stderr[-300:]
     return None
 
