@@ -5,8 +5,8 @@ that is not masked must fall on an element of the tensor whose pointer the addre
 of a strided tensor excluded. The origin of an address is known because the pointers carry the number of their argument in
 the 16 bits that user-space addresses leave free.
 
-The interpreter cuts fp32 off when it casts to bf16, where every GPU rounds to nearest even, and misreads subnormal bf16; that
-is mended too.
+The interpreter cuts fp32 off when it casts to bf16, where every GPU rounds to nearest even, misreads subnormal bf16, and gives
+the maximum of a number and nan as nan, where a GPU gives the number unless it is asked; that is mended too.
 """
 
 import contextlib
@@ -139,6 +139,8 @@ def install() -> None:
 
     kind.create_masked_load, kind.create_masked_store = checked_load, checked_store
     kind.cast_impl = kind.create_fp_trunc = kind.create_fp_ext = rounded_cast
+    kind.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    kind.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
     interpreter._implicit_cvt = tagged
     interpreter.GridExecutor.__call__ = named_launch
 
