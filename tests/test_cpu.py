@@ -109,6 +109,14 @@ class TestSpatial:
         assert not large
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_weights_of_parts_of_the_rows_far_apart():
+    """The scale of the sum of weights is that of all parts: relative to that of the first, the last would be infinite."""
+    batch = make(150, 40)
+    sample_weight = torch.where(torch.arange(150) < 140, 1e-20, 1e38)
+    check(*run("cpu", *batch, DM, sample_weight=sample_weight), expected(*batch, DM, sample_weight=sample_weight))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the calls are Linux's")
 def test_a_large_gradient_has_its_memory():
     new = _cpu._new_gradient(torch.empty(2048, 1024))

@@ -60,6 +60,18 @@ def test_one_class_has_no_gradient(impl, reduction, emphasis, eps):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_infinite_weight_where_no_other_class_has_any_probability(impl, reduction):
+    """0 times infinity: such a row has no gradient and adds nothing to the value, whatever its weight."""
+    logits, target = torch.tensor([[5.0, -torch.inf, -torch.inf], [1.0, 0.0, 0.0]]), torch.tensor([0, 1])
+    output, dlogits = run(impl, logits, target, lambda log_p, log_q: -2 * log_q, reduction=reduction)
+    assert torch.equal(dlogits[0], torch.zeros(3))
+    assert dlogits[1].isfinite().all()
+    assert (dlogits[1] != 0).all()
+    assert output.loss.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
