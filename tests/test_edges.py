@@ -102,6 +102,17 @@ def test_label_at_minus_infinity(impl, emphasis):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_weight_of_zero_where_the_label_has_no_probability(impl, reduction):
+    """0 times infinity again: -log p is infinite and counts for nothing."""
+    logits, target = torch.tensor([[-torch.inf, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([0, 1])
+    output, dlogits = run(impl, logits, target, lambda log_p, log_q: 2 * log_p, reduction=reduction)
+    assert torch.equal(dlogits[0], torch.zeros(3))
+    assert (dlogits[1] != 0).all()
+    assert output.loss.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["sum_weight", "none"])
 @pytest.mark.parametrize("at", [0, 1, 150])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
