@@ -238,6 +238,20 @@ def test_rows_that_do_not_count_ignore_their_upstream_gradient(impl, dtype, emph
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_rows_that_do_not_count_ignore_one_upstream_gradient_for_all(impl, dtype, reduction, upstream):
+    logits, target = make(4, 6, dtype)
+    target[1] = -100
+    sample_weight = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    with interpreted_infinities(impl):
+        _, dlogits = run(impl, logits, target, DM, torch.tensor(upstream), reduction=reduction, sample_weight=sample_weight)
+    assert (dlogits[[1, 3]] == 0).all()
+    assert not dlogits[[0, 2]].isfinite().any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "row",
     [[math.nan, 0, 1], [0, math.nan, 1], [math.inf, 0, 0], [0, 0, math.inf], [-math.inf, -math.inf, -math.inf]],
