@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from batches import EMPHASES, IMPLEMENTATIONS, make, run
+from batches import EMPHASES, IMPLEMENTATIONS, device_of, make, run
 from tolerance import check, expected
 
 import fused_dm
@@ -241,12 +241,20 @@ def test_rows_that_do_not_count_ignore_their_upstream_gradient(impl, dtype, emph
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
 @pytest.mark.parametrize("upstream", [math.inf, math.nan])
-def test_rows_that_do_not_count_ignore_one_upstream_gradient_for_all(impl, dtype, reduction, upstream):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_that_do_not_count_ignore_one_upstream_gradient_for_all(impl, dtype, reduction, upstream, inplace):
     logits, target = make(4, 6, dtype)
     target[1] = -100
     sample_weight = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    leaf = logits.to(device_of(impl)).requires_grad_()
+    options = {
+        "sample_weight": sample_weight.to(leaf.device),
+        "reduction": reduction,
+        "inplace": inplace and impl != "reference",
+    }
     with interpreted_infinities(impl):
-        _, dlogits = run(impl, logits, target, DM, torch.tensor(upstream), reduction=reduction, sample_weight=sample_weight)
+        loss = fused_dm.dm_loss(leaf * 1, target.to(leaf.device), DM, impl=impl, **options)
+        dlogits = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))[0].cpu()
     assert (dlogits[[1, 3]] == 0).all()
     assert not dlogits[[0, 2]].isfinite().any()
 

@@ -119,6 +119,19 @@ def test_nothing_is_overwritten_where_no_gradient_is_wanted(impl):
     assert torch.equal(plain.cpu(), logits)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_logits_that_are_not_overwritten_are_not_taken_for_overwritten(impl):
+    """A loss without a gradient leaves them to everyone else's backward pass."""
+    logits, target = make(6, 9)
+    leaf = logits.to(device_of(impl)).requires_grad_()
+    hidden = leaf * 1
+    squares = hidden**2
+    with torch.no_grad():
+        dm_loss(hidden, target.to(leaf.device), DM, impl=impl, inplace=True)
+    squares.sum().backward()
+    assert torch.equal(leaf.grad, 2 * leaf.detach())
+
+
 def view_of_a_leaf():
     return torch.zeros(4, 5, requires_grad=True)[:, 1:]
 
