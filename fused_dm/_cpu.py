@@ -318,7 +318,7 @@ class _Pass:
             values.view(rows) for values in (self.label, self.label_logit, self.row_max, self.row_sum)
         )
         factors = None if factor is None else factor.detach().contiguous().view(rows)
-        # In place, a block is computed where it lies. One that is strided is faster computed elsewhere.
+        # Whole rows in the dtype of the statistics are computed where they lie. Strided ones are faster computed elsewhere.
         direct = out is not None and out.dim() == 2 and out.dtype == self.dtype
         lowest = torch.finfo(self.dtype).min
 
