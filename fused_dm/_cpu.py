@@ -30,10 +30,15 @@ PARTS = 4
 # Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # Rows whose weights and values are computed at once, likewise.
-PIECE_ROWS = 1 << 15
-SHARED_PIECE_ROWS = 1 << 17
+PIECE_ROWS = 1 << 16
+SHARED_PIECE_ROWS = 1 << 18
 # Of Linux 5.14; older ones answer that they do not know it.
 MADV_POPULATE_WRITE = 23
+# Classes of a row from which the quicker call for 16 bits is quicker, and bytes which it takes at once.
+LONG = 512
+SMALL_BYTES = 1 << 24
+# Positions of a block are a multiple of this many, so that every class begins on a cache line.
+ALIGNED = 64
 # A row of fewer positions than this side by side is transposed within its block.
 NARROW = 16
 
@@ -131,6 +136,13 @@ def _spread(threads: int) -> Iterator[None]:
             runtime.set_threads(1)
 
 
+def _keep_thread_state() -> None:
+    """Have Python know the calling thread, one of OpenMP's, from one call to the next: to make its state costs 40 us."""
+    if not getattr(_local, "kept", False):
+        _local.kept = True
+        ctypes.pythonapi.PyGILState_Ensure()
+
+
 def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]]) -> None:
     """Call `start()(number)` for every number below `count`, on several threads or on this one, `start` once on each.
 
@@ -141,9 +153,12 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
     remaining, lock = iter(range(count)), threading.Lock()
     inference = torch.is_inference_mode_enabled()
     failures: list[BaseException] = []
+    ours = threading.get_ident()
 
     def take(_: int | None = None) -> None:
         try:
+            if threading.get_ident() != ours:
+                _keep_thread_state()
             with calm(), torch.inference_mode(inference), torch.no_grad():
                 step = start()
                 while True:
@@ -225,6 +240,8 @@ class _Blocks:
         # Whole planes, or where one is too large a part of it.
         self.height = min(self.planes, max(1, elements // (self.classes * self.positions)))
         self.width = min(self.positions, max(NARROW, elements // self.classes))
+        if ALIGNED < self.width < self.positions:
+            self.width = self.width // ALIGNED * ALIGNED
 
     def __len__(self) -> int:
         return -(-self.planes // self.height) * -(-self.positions // self.width)
@@ -303,14 +320,19 @@ class _Pass:
             self.valid = target != ignore_index
             check_labels(target, self.valid, logits.shape[1], ignore_index)
             self.label = torch.where(self.valid, target, 0)
-        # Row by row what a matrix without classes has.
-        self.row_max = logits.new_full(target.shape, torch.finfo(self.dtype).min, dtype=self.dtype)
-        self.row_sum, self.label_logit = (logits.new_zeros(target.shape, dtype=self.dtype) for _ in range(2))
+        # Row by row what a matrix without classes has, if that is what it is.
+        least = torch.finfo(self.dtype).min
+        self.row_max, self.row_sum, self.label_logit, self.lead, self.margin = (
+            logits.new_empty(target.shape, dtype=self.dtype)
+            if logits.numel()
+            else logits.new_full(target.shape, value, dtype=self.dtype)
+            for value in (least, 0.0, 0.0, -least, math.inf)
+        )
         self.logits = logits
         self.transform = transform
 
-    def run(self, out: Tensor | None, factor: Tensor | None = None) -> None:
-        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, or for k = 1."""
+    def run(self, out: Tensor | None, factor: Tensor | None = None, undivided: bool = False) -> None:
+        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, for k = 1 or for k = `row_sum`."""
         logits = _planes(self.logits)
         gradient = None if out is None else _planes(out)
         rows = (logits.shape[0], 1, logits.shape[2])
@@ -329,9 +351,12 @@ class _Pass:
                 label_logit,
                 row_max,
                 row_sum,
+                self.lead,
+                self.margin,
                 gradient,
                 scratch,
                 factors,
+                undivided,
                 self.transform,
                 lowest,
                 blocks.height,
@@ -344,22 +369,14 @@ class _Pass:
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
-        margins, leads = torch.empty_like(self.row_max), torch.empty_like(self.row_max)
-
-        def of(rows: slice) -> None:
-            label_logit = self.label_logit[rows]
-            # One look at the sum spares one at every row.
-            if self.valid is not None or not math.isfinite(label_logit.sum()):
-                nothing = label_logit == math.inf
-                if self.valid is not None:
-                    nothing |= ~self.valid[rows]
-                label_logit = label_logit.masked_fill(nothing, math.nan)
-            lead = torch.sub(label_logit, self.row_max[rows], out=leads[rows])
-            torch.sub(lead, self.row_sum[rows].log(), out=margins[rows])
-
-        with calm():
-            each(of, pieces(len(margins)))
-        return margins, leads
+        # One look at the sum spares one at every row.
+        if self.valid is not None or not math.isfinite(self.label_logit.sum()):
+            nothing = self.label_logit == math.inf
+            if self.valid is not None:
+                nothing |= ~self.valid
+            self.margin.masked_fill_(nothing, math.nan)
+            self.lead.masked_fill_(nothing, math.nan)
+        return self.margin, self.lead
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -371,16 +388,33 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor 
 
 
 def direction(
-    logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None, transform: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins and leads (N,), and the gradient for k = 1: exp(z_j - lse), and -1 for the label, times the slope.
+    logits: Tensor, target: Tensor, ignore_index: int, out: Tensor, transform: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Margins and leads (N,). `out` becomes the gradient for k = 1: exp(z_j - lse), and -1 for the label, times the slope.
 
-    `out` may be the logits themselves.
+    It may be the logits themselves.
+    """
+    walk = _Pass(logits, target, ignore_index, transform)
+    walk.run(out)
+    return walk.margins()
+
+
+def undivided_direction(
+    logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None, transform: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Margins, leads and norms (N,), and the gradient for k = norm: exp(z_j - max), and -norm for the label, times the slope.
+
+    The norm is the sum of exp(z_j - max), but 1/2 where no other class has a finite logit, whose gradient is 0, and 1 where it
+    would be nan. `out` may be the logits themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
-    walk.run(out)
-    return *walk.margins(), out
+    walk.run(out, undivided=True)
+    margins, leads = walk.margins()
+    norms = walk.row_sum.clamp_(min=0.5)
+    if not math.isfinite(norms.sum()):
+        norms.nan_to_num_(nan=1.0)
+    return margins, leads, norms, out
 
 
 def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
@@ -393,16 +427,36 @@ def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
 
 def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
     """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
-    planes = _planes(matrix)
-    factors = factor.detach().contiguous().view(planes.shape[0], 1, planes.shape[2])
+    factor = factor.detach().contiguous()
+    same = matrix.dtype == factor.dtype
+    # The call for 16 bits would make nan of a row whose factor is infinite.
+    if not same and matrix.dim() == 2 and matrix.shape[1] >= LONG and matrix.is_contiguous() and math.isfinite(factor.sum()):
+        _scale_16_bits_(matrix.detach(), factor)
+    else:
+        planes = _planes(matrix)
+        factors = factor.view(planes.shape[0], 1, planes.shape[2])
 
-    def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
-        walks().scale(planes, factors, scratch, blocks.height, blocks.width, begin, end)
+        def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
+            walks().scale(planes, factors, scratch, blocks.height, blocks.width, begin, end)
 
-    _run(planes, work, None if matrix.dtype == factor.dtype else factor.dtype)
+        _run(planes, work, None if same else factor.dtype)
     # The count takes half as long as finding them.
     if factor.count_nonzero() < len(factor):
         _zero_rows_(matrix, factor == 0)
+
+
+def _scale_16_bits_(rows: Tensor, factor: Tensor) -> None:
+    """The same for contiguous rows (N, V) and finite factors in fp32."""
+    if rows.nbytes <= SMALL_BYTES:
+        with calm(), _spread(_threads()):
+            walks().scale_16_bits(rows, None, None, factor, len(rows), 0, 1)
+        return
+    bits = rows.view(dtype=torch.int16)
+
+    def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
+        walks().scale_16_bits(rows, bits, bits.new_empty(()), factor, blocks.height, begin, end)
+
+    _run(_planes(rows), work, None)
 
 
 def margin_gradient(

@@ -279,7 +279,7 @@ def gradients(
                 launch.gradient(block, labels, numbers, totals, given, ignore_index, out=block, transform=transform)
             products.add(at, block)
         else:
-            margin[at], lead[at], _ = _cpu.direction(block, labels, ignore_index, out=direct, transform=transform)
+            margin[at], lead[at] = _cpu.direction(block, labels, ignore_index, out=direct, transform=transform)
             terms = _cpu_terms(margin[at], labels != ignore_index, weighting, at)
             if weighting.relative:
                 top = raise_top(terms.log_weight, at.start == 0)

@@ -140,8 +140,9 @@ class OfMargins(NamedTuple):
 
     loss: Tensor  # () or (N,)
     totals: Totals
-    terms_of_parts: list[RowTerms]
-    undivided: list[Tensor]  # the coefficients times the divisor
+    terms_of_parts: list[RowTerms]  # unless they were not to be kept
+    undivided: list[Tensor]  # the coefficients times the divisors
+    divisors: list[Tensor]  # of the parts
 
 
 def terms_of(found: OfMargins) -> RowTerms:
@@ -149,55 +150,84 @@ def terms_of(found: OfMargins) -> RowTerms:
 
 
 @torch.no_grad()
-def coefficients_of(found: OfMargins) -> Tensor:
-    """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
-    divisor = found.totals.divisor.to(found.undivided[0].dtype)
+def coefficients_of(found: OfMargins, norm: Tensor | None = None) -> Tensor:
+    """k of each row, (N,), divided by its norm if there are any.
+
+    The gradient is k exp(z_j - lse) for the other classes and -k for the label.
+    """
     if len(found.undivided) == 1:
-        return found.undivided[0] / divisor
-    return torch.cat(found.undivided).div_(divisor)
+        coefficient = found.undivided[0] / found.divisors[0]
+        return coefficient if norm is None else coefficient.div_(norm)
+    sizes = [len(part) for part in found.undivided]
+    coefficient = found.undivided[0].new_empty(sum(sizes))
+    norms = [None] * len(sizes) if norm is None else norm.split(sizes)
+    for part, divisor, of_rows, out in zip(found.undivided, found.divisors, norms, coefficient.split(sizes), strict=True):
+        torch.div(part, divisor, out=out)
+        if of_rows is not None:
+            out.div_(of_rows)
+    return coefficient
+
+
+class _Part(NamedTuple):
+    """Numbers of some of the rows."""
+
+    terms: RowTerms | None
+    top: Tensor
+    weights: Tensor  # their sum relative to exp(top), fp64
+    values: Tensor  # their sum, fp64, or for reduction "none" one a row; relative to exp(top) for want of a normalizer and loss
+    coefficients: Tensor  # k times the divisor, relative to exp(top) for want of a normalizer
 
 
 @torch.no_grad()
-def of_margins(problem: Problem, margin: Tensor) -> OfMargins:
+def of_margins(problem: Problem, margin: Tensor, keep_terms: bool = True) -> OfMargins:
     """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
-    emphasis, weight, valid, margin = problem.emphasis, row_weights(problem), _valid(problem), margin.detach()
+    emphasis, weight, margin = problem.emphasis, row_weights(problem), margin.detach()
     normalizer = _normalizer(problem, weight)
     eps, *params = emphasis.params.unbind()
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
     eager = _eager_on_a_cpu(problem, margin)
-    no_eps = eager and not eps
+    has_eps = bool(eps) if eager else None
+    by_row = problem.reduction == "none"
 
-    def of(rows: slice) -> tuple[RowTerms, Tensor, bool]:
+    def of(rows: slice) -> _Part:
         # The margin of an ignored row is nan.
-        ordinary = eager and weight is None and math.isfinite(margin[rows].sum())
+        ordinary = eager and weight is None and bool(margin[rows].abs().sum() < 1e30)
+        valid = None if ordinary else problem.target[rows] != problem.ignore_index
         of_rows = None if weight is None else weight[rows]
-        terms = row_terms(margin[rows], valid[rows], of_rows, eps, log_weight, loss, ordinary, no_eps)
-        return terms, largest_log_weight(terms), ordinary
-
-    slices = _cpu.pieces(margin.numel()) if eager else [slice(None)]
-    parts, tops, ordinary = zip(*_cpu.each(of, slices), strict=True)
-    top = _folded(list(tops), torch.amax)
-    # Every weight is then between 0 and that of the scale, 1.
-    bounded = normalizer is None and all(ordinary) and math.isfinite(top)
-
-    def sums_of(terms: RowTerms) -> tuple[Tensor, Tensor, Tensor]:
+        terms = row_terms(margin[rows], valid, of_rows, eps, log_weight, loss, has_eps)
+        top = largest_log_weight(terms)
         relative = torch.exp(terms.log_weight - top)
-        weights = (terms.sign * relative).sum(dtype=torch.float64)
+        weights = (relative if ordinary else terms.sign * relative).sum(dtype=torch.float64)
         if normalizer is not None:
             relative = torch.exp(terms.log_weight)
+        # Every weight is then between 0 and that of the scale, 1.
+        bounded = ordinary and normalizer is None and math.isfinite(top)
         values = row_values(terms, relative, loss is not None, bounded)
-        values = values if problem.reduction == "none" else values.sum(dtype=torch.float64)
-        return weights, values, coefficients(terms, relative, bounded)
+        values = values if by_row else values.sum(dtype=torch.float64)
+        return _Part(terms if keep_terms else None, top, weights, values, coefficients(terms, relative, bounded))
 
-    weights, values, undivided = (list(sums) for sums in zip(*_cpu.each(sums_of, parts), strict=True))
+    parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
+    top = _folded([part.top for part in parts], torch.amax)
+    if len(parts) == 1:
+        shares = [torch.ones_like(top, dtype=torch.float64)]
+    else:
+        shares = [torch.where(part.top == top, 1.0, torch.exp(part.top.double() - top.double())) for part in parts]
+    weights = [part.weights * share for part, share in zip(parts, shares, strict=True)]
     totals = batch_totals(top, _folded(weights, torch.sum), normalizer)
-    if problem.reduction == "none":
-        return OfMargins(_joined(values), totals, list(parts), undivided)
+    relative = normalizer is None
+    divisors = [(totals.divisor / share if relative else totals.divisor).to(margin.dtype) for share in shares]
+    terms = [part.terms for part in parts if part.terms is not None]
+    undivided = [part.coefficients for part in parts]
+    if by_row:
+        return OfMargins(_joined([part.values for part in parts]), totals, terms, undivided, divisors)
+    values = [
+        part.values * share if relative and loss is None else part.values for part, share in zip(parts, shares, strict=True)
+    ]
     total = _folded(values, torch.sum)
     if loss is not None:
         total = total * torch.exp(-totals.log_scale.double())
-    return OfMargins((total / totals.divisor).to(margin.dtype), totals, list(parts), undivided)
+    return OfMargins((total / totals.divisor).to(margin.dtype), totals, terms, undivided, divisors)
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:
@@ -206,19 +236,20 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     transform = problem.transform
     backward = needs_gradient(logits)
     keep = impl == "cpu" and _in_forward(problem)
+    norm = None
     if keep and problem.inplace:
         direction = logits.detach()
-        margin, lead = _operators.cpu_direction_(direction, target, ignore_index, transform)
+        margin, lead, norm = _operators.cpu_direction_(direction, target, ignore_index, transform)
     elif keep:
-        margin, lead, direction = _operators.cpu_direction(logits.detach(), target, ignore_index, transform)
+        margin, lead, norm, direction = _operators.cpu_direction(logits.detach(), target, ignore_index, transform)
     elif problem.inplace:
         margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl, transform)
         lead = statistics[2]
     else:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
-    found = of_margins(problem, margin)
-    loss, coefficient = found.loss, coefficients_of(found)
+    found = of_margins(problem, margin, keep_terms=problem.return_output)
+    loss, coefficient = found.loss, coefficients_of(found, norm)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient)
     elif problem.inplace:

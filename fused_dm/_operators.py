@@ -220,12 +220,12 @@ attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
-@torch.library.custom_op("fused_dm::cpu_direction2", mutates_args=())
+@torch.library.custom_op("fused_dm::cpu_direction3", mutates_args=())
 def cpu_direction(
     logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins and leads (N,), and the gradient for a coefficient of 1 (N, V)."""
-    return _cpu.direction(logits, target, ignore_index, transform=transform)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Margins, leads and norms (N,), and the gradient (N, V) for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, transform=transform)
 
 
 @cpu_direction.register_fake
@@ -235,21 +235,24 @@ def _(logits, target, ignore_index, transform=None):
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
         logits.new_empty(logits.shape),
     )
 
 
-@torch.library.custom_op("fused_dm::cpu_direction2_", mutates_args={"logits"})
-def cpu_direction_(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Margins and leads (N,); the logits are overwritten by the gradient for a coefficient of 1."""
-    return _cpu.direction(logits, target, ignore_index, out=logits, transform=transform)[:2]
+@torch.library.custom_op("fused_dm::cpu_direction3_", mutates_args={"logits"})
+def cpu_direction_(
+    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins, leads and norms (N,); the logits are overwritten by the gradient for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, out=logits, transform=transform)[:3]
 
 
 @cpu_direction_.register_fake
 def _(logits, target, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     rows = target.shape[0]
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
 @torch.library.custom_op("fused_dm::scale_rows2_", mutates_args={"matrix"})

@@ -76,33 +76,35 @@ def mean_divisor(weight: Tensor | None, valid: Tensor) -> Tensor:
 
 def row_terms(
     margin: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     weight: Tensor | None,
     eps: Tensor,
     log_weight: Callable[[Tensor, Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor] | None,
-    ordinary: bool = False,
-    no_eps: bool = False,
+    has_eps: bool | None = None,
 ) -> RowTerms:
     """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`.
 
-    `ordinary` says that no margin is infinite or nan, no row ignored and `weight` None, and `no_eps` that `eps` is 0: what is
-    then known takes longer on a CPU than all the arithmetic.
+    A `valid` of None says that no row is ignored, none has a weight and none a margin of nan or beyond 1e30, and `has_eps` says
+    whether `eps` is positive where that is known: to look at every row takes longer on a CPU than the arithmetic.
     """
-    opposite = -margin
-    log_p, log_q = F.logsigmoid(margin), F.logsigmoid(opposite)
-    log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
-    if not ordinary:
-        log_w = torch.where(margin.isnan(), margin, log_w)
+    # The larger of the two logarithms; the other is further off by the margin.
+    larger = F.logsigmoid(margin.abs())
+    log_p, log_q = larger + margin.clamp(max=0), larger - margin.clamp(min=0)
+    finite = (log_p, log_q) if valid is None else (log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
+    log_w = log_weight(*finite)
     value = -log_p if loss is None else loss(log_p, log_q)
-    if no_eps:
-        unit = torch.full_like(margin, 0.5)
+    if has_eps is False:
+        unit = margin.new_full((), 0.5).expand_as(margin)
     else:
-        q = torch.sigmoid(opposite)
-        # Where q and eps are both 0, the quotient is nan and not taken.
-        unit = torch.where(eps == 0, 0.5, q / (2 * q + eps))
-    if ordinary:
-        return RowTerms(log_w, torch.ones_like(margin), unit, value)
+        q = torch.sigmoid(-margin)
+        unit = q / (2 * q + eps)
+        if not has_eps:
+            # Where q and eps are both 0, the quotient is nan.
+            unit = torch.where(eps == 0, 0.5, unit)
+    if valid is None:
+        return RowTerms(log_w, margin.new_ones(()).expand_as(margin), unit, value)
+    log_w = torch.where(margin.isnan(), margin, log_w)
     sign = valid.to(margin.dtype)
     if weight is not None:
         valid = valid & (weight != 0)
@@ -122,12 +124,14 @@ def row_terms(
 def row_values(terms: RowTerms, relative: Tensor, has_loss: bool, bounded: bool = False) -> Tensor:
     """c r(p) exp(-scale) of each row, (N,), for `relative` = |c w| exp(-scale); c f(p) for an EDF with a loss of its own.
 
-    0 for a weight of 0 whatever log p is, and for log p = 0 likewise. `bounded`: `relative` and the values are finite.
+    0 for a weight of 0 whatever log p is, and for log p = 0 likewise. `bounded`: `relative` and the values are finite, and no
+    weight is negative.
     """
     if has_loss:
         return terms.value
-    product = terms.sign * relative * terms.value
-    return product if bounded else torch.where((relative == 0) | (terms.value == 0), 0.0, product)
+    if bounded:
+        return relative * terms.value
+    return torch.where((relative == 0) | (terms.value == 0), 0.0, terms.sign * relative * terms.value)
 
 
 def largest_log_weight(terms: RowTerms) -> Tensor:

@@ -46,7 +46,7 @@ def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
 def fill_(
     block: Tensor, label: Tensor, label_logit: Tensor, row_max: Tensor, row_sum: Tensor, nothing: Tensor, lowest: float
 ) -> None:
-    """Turn a block of logits into exp(z - lse) over all classes but the label, and note the rows' statistics.
+    """Turn a block of logits into exp(z - max) over all classes but the label, and note the rows' statistics.
 
     The labels' entries are left to the caller. `nothing` is -inf, and `lowest` the lowest finite number.
     """
@@ -58,9 +58,19 @@ def fill_(
     # The label's entry becomes exp(0) = 1 and is taken off again: torch's exp is ten times slower where it meets -inf.
     block.scatter_(1, label, row_max)
     block.sub_(row_max).exp_()
-    torch.sum(block, 1, keepdim=True, out=row_sum).sub_(1)
     # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
-    block.mul_(row_sum.clamp(min=0.5).reciprocal_())
+    torch.sum(block, 1, keepdim=True, out=row_sum).sub_(1)
+
+
+def margins_(
+    label_logit: Tensor, row_max: Tensor, row_sum: Tensor, lead: Tensor, margin: Tensor, first: int, last: int
+) -> None:
+    """Fill leads z_y - max and margins z_y - max - log sum of rows `first` to `last`, of (N,) each."""
+    count = last - first
+    leads, margins = lead.narrow(0, first, count), margin.narrow(0, first, count)
+    torch.sub(label_logit.narrow(0, first, count), row_max.narrow(0, first, count), out=leads)
+    torch.log(row_sum.narrow(0, first, count), out=margins)
+    torch.sub(leads, margins, out=margins)
 
 
 def walk(
@@ -69,9 +79,12 @@ def walk(
     label_logit: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
+    lead: Tensor,
+    margin: Tensor,
     out: Tensor | None,
     scratch: Tensor | None,
     factor: Tensor | None,
+    undivided: bool,
     transform: Tensor | None,
     lowest: float,
     height: int,
@@ -81,9 +94,9 @@ def walk(
 ) -> None:
     """Note the statistics of the rows of blocks `begin` to `end`, and fill `out` with their gradient times -`factor`.
 
-    That is exp(z_j - lse), and -1 for the label, times the slope of the transform; a `factor` of None is -1. Without `out`
-    there are the statistics alone. Without `scratch`, which holds a block in the dtype of the statistics, the computation
-    takes place in `out`.
+    That is exp(z_j - lse), and -1 for the label, times the slope of the transform; a `factor` of None is -1, or where it is
+    `undivided` minus the sum of the row, which spares a pass. Without `out` there are the statistics alone. Without `scratch`,
+    which holds a block in the dtype of the statistics, the computation takes place in `out`.
     """
     nothing, minus_one = row_max.new_full([1, 1, 1], float("-inf")), row_max.new_full([1, 1, 1], -1.0)
     across = (logits.size(2) + width - 1) // width
@@ -100,26 +113,35 @@ def walk(
                 slope = torch.empty_like(block)
             transform_(block, transform, slope)
         at = block_of(label, plane, planes, position, positions)
+        total = block_of(row_sum, plane, planes, position, positions)
         fill_(
             block,
             at,
             block_of(label_logit, plane, planes, position, positions),
             block_of(row_max, plane, planes, position, positions),
-            block_of(row_sum, plane, planes, position, positions),
+            total,
             nothing,
             lowest,
         )
         if out is not None:
-            if factor is None:
-                block.scatter_(1, at, minus_one.expand_as(at))
-            else:
+            if factor is not None:
                 # Where the sum of a row is 0, so is the block, and the caller fills the label's entry with 0.
                 factors = block_of(factor, plane, planes, position, positions)
-                block.mul_(-factors).scatter_(1, at, factors)
+                block.mul_(torch.div(factors, total.clamp(min=0.5)).neg_()).scatter_(1, at, factors)
+            elif undivided:
+                block.scatter_(1, at, -total)
+            else:
+                block.mul_(total.clamp(min=0.5).reciprocal_()).scatter_(1, at, minus_one.expand_as(at))
             if slope is not None:
                 block.mul_(slope)
             if scratch is not None:
                 result.copy_(block)
+    # The rows of consecutive blocks are consecutive.
+    ends: list[int] = []
+    for number in (begin, end):
+        plane = number // across * height
+        ends.append(min(plane * logits.size(2) + number % across * width, logits.size(0) * logits.size(2)))
+    margins_(label_logit.view(-1), row_max.view(-1), row_sum.view(-1), lead, margin, ends[0], ends[1])
 
 
 def scale(matrix: Tensor, factor: Tensor, scratch: Tensor | None, height: int, width: int, begin: int, end: int) -> None:
@@ -136,11 +158,34 @@ def scale(matrix: Tensor, factor: Tensor, scratch: Tensor | None, height: int, w
             block.copy_(room_for(scratch, planes, positions).copy_(block).mul_(factors))
 
 
+def scale_16_bits(
+    rows: Tensor, bits: Tensor | None, peak: Tensor | None, factor: Tensor, height: int, begin: int, end: int
+) -> None:
+    """Multiply blocks `begin` to `end` of contiguous rows (N, V) by their factors (N,), which are finite and fp32.
+
+    The numbers go through fp32 within a call, not through scratch memory: of torch's calls batch norm takes 16-bit numbers and
+    fp32 factors. Its mean is 0 here, its variance 1 and its bias 0. `bits`, unless None, are the rows as int16: a look at a
+    block's largest brings it into the cache, three times as fast as a call with more to do for each number.
+    """
+    zero, one, nothing = factor.new_zeros([height]), factor.new_ones([height]), factor.new_empty([0])
+    for number in range(begin, end):
+        first = number * height
+        count = min(height, rows.size(0) - first)
+        if bits is not None and peak is not None:
+            torch.amax(bits.narrow(0, first, count), [0, 1], out=peak)
+        block, factors = rows.narrow(0, first, count).unsqueeze(0), factor.narrow(0, first, count)
+        mean, variance = zero.narrow(0, 0, count), one.narrow(0, 0, count)
+        torch.ops.aten.native_batch_norm(
+            block, factors, mean, mean, variance, False, 0.0, 0.0, out=block, save_mean=nothing, save_invstd=nothing
+        )
+
+
 class Walks(NamedTuple):
-    """The two walks, and in words by what they are run."""
+    """The walks, and in words by what they are run."""
 
     walk: Callable[..., None]
     scale: Callable[..., None]
+    scale_16_bits: Callable[..., None]
     run_by: str
 
 
@@ -148,8 +193,12 @@ class Walks(NamedTuple):
 def walks() -> Walks:
     """The walks compiled; or as they stand, where their source is not at hand or this torch does not compile it."""
     try:
-        source = "\n\n".join(inspect.getsource(part) for part in (block_of, room_for, transform_, fill_, walk, scale))
+        source = "\n\n".join(
+            inspect.getsource(part) for part in (block_of, room_for, transform_, fill_, margins_, walk, scale, scale_16_bits)
+        )
         unit = torch.jit.CompilationUnit(source)
-        return Walks(unit.walk, unit.scale, "TorchScript")
+        return Walks(unit.walk, unit.scale, unit.scale_16_bits, "TorchScript")
     except (OSError, AttributeError, RuntimeError) as error:
-        return Walks(walk, scale, f"Python, slower with several threads, because of {type(error).__name__}: {error}")
+        return Walks(
+            walk, scale, scale_16_bits, f"Python, slower with several threads, because of {type(error).__name__}: {error}"
+        )

@@ -1,6 +1,7 @@
 """The CPU implementation's blocks and threads: they change nothing but the time."""
 
 import ctypes
+import math
 import mmap
 import multiprocessing
 import sys
@@ -101,12 +102,31 @@ class TestSpatial:
 
         logits, target = torch.randn(shape), torch.randint(shape[1], (shape[0], shape[2]))
         with Sizes():
-            _, _, dlogits = _cpu.direction(logits, target.reshape(-1), -100)
+            *_, dlogits = _cpu.undivided_direction(logits, target.reshape(-1), -100)
             _cpu.scale_rows_(dlogits, torch.ones(target.numel()))
         own = {logits.untyped_storage().data_ptr(), dlogits.untyped_storage().data_ptr()}
         large = [size for size in sizes if size[0] not in own and size[1] > max(4 * 2000, 8 * target.numel())]
         assert logits.nbytes > 8 * max(4 * 2000, 8 * target.numel())
         assert not large
+
+
+@pytest.mark.usefixtures("small_blocks", "two_threads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("special", [2.0, 0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("small_bytes", [_cpu.SMALL_BYTES, 0], ids=["at once", "in blocks"])
+def test_long_rows_of_16_bits_are_scaled_in_fp32(dtype, special, small_bytes, monkeypatch):
+    """They go through torch's batch norm, which rounds once, as a product in fp32 that is rounded does."""
+    monkeypatch.setattr(_cpu, "SMALL_BYTES", small_bytes)
+    taken = []
+    monkeypatch.setattr(_cpu, "_scale_16_bits_", lambda *args, scale=_cpu._scale_16_bits_: taken.append(scale(*args)))
+    rows, factor = torch.randn(37, _cpu.LONG + 3).to(dtype), torch.randn(37)
+    rows[5, :5] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    factor[4:7] = special
+    exact = (rows.float() * factor[:, None]).to(dtype)
+    exact[factor == 0] = 0
+    _cpu.scale_rows_(rows, factor)
+    torch.testing.assert_close(rows, exact, rtol=0, atol=0, equal_nan=True)
+    assert len(taken) == (1 if math.isfinite(special) else 0)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -243,7 +263,7 @@ class TestCompiled:
         target = torch.randint(shape[1], (shape[0], *shape[2:]))
         target.view(-1)[1] = -100
         compiled = run("cpu", logits, target, DM, **options)
-        as_they_stand = _walk.Walks(_walk.walk, _walk.scale, "Python")
+        as_they_stand = _walk.Walks(_walk.walk, _walk.scale, _walk.scale_16_bits, "Python")
         monkeypatch.setattr(_cpu, "walks", lambda: as_they_stand)
         python = run("cpu", logits, target, DM, **options)
         torch.testing.assert_close(compiled, python, rtol=0, atol=0, equal_nan=True)

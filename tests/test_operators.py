@@ -38,7 +38,7 @@ def operators(dtype, impl, **shape):
         yield _operators.attach_to_margin, (margins.clone().requires_grad_(), value, coefficient)
         yield _operators.cpu_direction, (plain, target, -100)
         yield _operators.cpu_direction_, (plain.clone(), target, -100)
-        direction = _operators.cpu_direction(plain, target, -100)[2]
+        direction = _operators.cpu_direction(plain, target, -100)[3]
         yield _operators.scale_rows_, (direction.clone(), coefficient, torch.ones(()))
         yield _operators.attach_direction, (logits, value, direction, coefficient)
         return
