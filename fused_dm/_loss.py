@@ -192,12 +192,12 @@ def of_margins(problem: Problem, margin: Tensor, keep_terms: bool = True) -> OfM
 
     def of(rows: slice) -> _Part:
         # The margin of an ignored row is nan.
-        ordinary = eager and weight is None and bool(margin[rows].abs().sum() < 1e30)
+        ordinary = eager and weight is None and bool(torch.dot(margin[rows], margin[rows]) < 1e30)
         valid = None if ordinary else problem.target[rows] != problem.ignore_index
         of_rows = None if weight is None else weight[rows]
         terms = row_terms(margin[rows], valid, of_rows, eps, log_weight, loss, has_eps)
         top = largest_log_weight(terms)
-        relative = torch.exp(terms.log_weight - top)
+        relative = (terms.log_weight - top).exp_()
         weights = (relative if ordinary else terms.sign * relative).sum(dtype=torch.float64)
         if normalizer is not None:
             relative = torch.exp(terms.log_weight)

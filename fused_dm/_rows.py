@@ -90,7 +90,7 @@ def row_terms(
     """
     # The larger of the two logarithms; the other is further off by the margin.
     larger = F.logsigmoid(margin.abs())
-    log_p, log_q = larger + margin.clamp(max=0), larger - margin.clamp(min=0)
+    log_p, log_q = margin.clamp(max=0).add_(larger), larger.sub_(margin.clamp(min=0))
     finite = (log_p, log_q) if valid is None else (log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
     log_w = log_weight(*finite)
     value = -log_p if loss is None else loss(log_p, log_q)
@@ -98,7 +98,7 @@ def row_terms(
         unit = margin.new_full((), 0.5).expand_as(margin)
     else:
         q = torch.sigmoid(-margin)
-        unit = q / (2 * q + eps)
+        unit = q / torch.add(eps, q, alpha=2)
         if not has_eps:
             # Where q and eps are both 0, the quotient is nan.
             unit = torch.where(eps == 0, 0.5, unit)
@@ -137,7 +137,9 @@ def row_values(terms: RowTerms, relative: Tensor, has_loss: bool, bounded: bool 
 def largest_log_weight(terms: RowTerms) -> Tensor:
     """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
     log_weight = terms.log_weight.detach()
-    return torch.cat([log_weight, log_weight.new_full((1,), math.log(1e-8))]).amax()
+    if not log_weight.shape[0]:
+        return log_weight.new_full((), math.log(1e-8))
+    return log_weight.amax().clamp(min=math.log(1e-8))
 
 
 def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> Totals:
