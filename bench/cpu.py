@@ -3,8 +3,9 @@
 A training step is forward and backward on fresh gradients. Both sides run in turn in one process, each first every other time,
 and the table gives the median of each and the median of the ratios of neighbouring steps, which suffers less from whatever
 else the machine does. The load average is recorded. The allocator is glibc's own ("default"), which gives large buffers back
-to the system after every step, so that much of the time is page faults; or the same told to keep them ("warm heap"). Peak
-memory is what a step adds to the resident set, less the gradient.
+to the system after every step, so that much of the time is page faults; or the same told to keep them ("warm heap"). Where
+buffers have less than 32 MiB, chance decides when a process starts whether its heap keeps them, so that the steps of several
+processes are pooled. Peak memory is what a step adds to the resident set, less the gradient.
 
 `--sweep` times fused_dm alone over block sizes instead.
 """
@@ -78,16 +79,26 @@ def time_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int) ->
             took = _seconds(both[name])
             if repeat >= 0:
                 seconds[name].append(took)
-    ratios = sorted(ours / theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
     return {
         "shape": shape,
         "dtype": dtype,
         "threads": threads,
         "seconds": seconds,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def pooled(processes: list[dict]) -> dict:
+    """The case that several processes have timed, with medians over the steps of all."""
+    seconds = {name: [took for found in processes for took in found["seconds"][name]] for name in ("ours", "theirs")}
+    ratios = sorted(ours / theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
+    return {
+        **processes[0],
+        "seconds": [found["seconds"] for found in processes],
         "median_ms": {name: round(1e3 * statistics.median(values), 1) for name, values in seconds.items()},
         "ratio": round(statistics.median(ratios), 3),
         "ratio_quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-1 - len(ratios) // 4], 3)],
-        "load_average": round(os.getloadavg()[0], 1),
+        "load_average": max(found["load_average"] for found in processes),
     }
 
 
@@ -197,7 +208,10 @@ def sweep_table(found: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=11, help="steps of each side; four times as many for small shapes")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="steps of each side in a process; four times as many for small shapes"
+    )
+    parser.add_argument("--processes", type=int, default=5, help="that time each case, one after another")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
@@ -214,13 +228,13 @@ def main() -> None:
 
     cases = [{"shape": shape, "dtype": dtype} for shape in SHAPES for dtype in arguments.dtypes]
     timed = [{**case, "threads": threads, "repeats": arguments.repeats} for threads in arguments.threads for case in cases]
-    options = [f"--{name} {value}" for name, value in (("repeats", arguments.repeats), ("sweep", arguments.sweep)) if value]
+    how = f"--repeats {arguments.repeats}" + (" --sweep" if arguments.sweep else f" --processes {arguments.processes}")
     found: dict = {
         "torch": torch.__version__,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m bench.cpu", *options]).replace(" True", ""),
+        "command": f"python -m bench.cpu {how}",
         "repeats": arguments.repeats,
         "time": {},
         "memory": [],
@@ -241,7 +255,8 @@ def main() -> None:
         for allocator, environment in ALLOCATORS.items():
             found["time"][allocator] = []
             for case in timed:
-                found["time"][allocator].append(_in_a_process("time", case, environment))
+                timings = [_in_a_process("time", case, environment) for _ in range(arguments.processes)]
+                found["time"][allocator].append(pooled(timings))
                 save()
         found["memory"] = [_in_a_process("memory", case) for case in cases]
         save()
