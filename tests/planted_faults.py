@@ -90,7 +90,7 @@ FAULTS = [
     Fault("CPU: last part of the rows dropped", "fused_dm/_cpu.py", "for first in range(0, max(rows, 1), size)]", "for first in range(0, max(rows, 1) - size + 1, size)] or [slice(0, rows)]"),
     Fault("CPU: last rows dropped", "fused_dm/_cpu.py", "return -(-self.planes // self.height) *", "return max(1, self.planes // self.height) *"),
     Fault("CPU: the label's 1 left in the sum", "fused_dm/_walk.py", "out=row_sum).sub_(1)", "out=row_sum)"),
-    Fault("CPU: row sum inverted", "fused_dm/_walk.py", "total.clamp(min=0.5).reciprocal_()", "total.clamp(min=0.5)"),
+    Fault("linear: row sum inverted", "fused_dm/_walk.py", "total.clamp(min=0.5).reciprocal_()", "total.clamp(min=0.5)"),
     Fault("CPU: label's gradient missing", "fused_dm/_walk.py", "block.scatter_(1, at, -total)", "block"),
     Fault("CPU: label's gradient of fp16 with the wrong sign", "fused_dm/_walk.py", ".scatter_(1, at, factors)", ".scatter_(1, at, -factors)"),
     Fault("CPU: factor rounded to the storage", "fused_dm/_walk.py", "copy_(block).mul_(factors)", "copy_(block).mul_(factors.to(block.dtype))"),
@@ -237,6 +237,7 @@ FIRST = {
     "module": ["test_schedules", "test_operators"],
     "operators": ["test_operators", "test_transforms"],
     "CPU": ["test_cpu"],
+    "rows": ["test_edges", "test_cpu"],
     "transform": ["test_softcap"],
     "linear": ["test_linear"],
 }
