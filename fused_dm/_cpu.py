@@ -25,13 +25,17 @@ from ._walk import walks
 # Elements a block holds: large beside the 26 us that its torch calls cost, small enough for a core's cache. Measured by
 # `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
-# Parts of the blocks a thread, so that one which is held up leaves work to the others.
+# Parts of the blocks a thread, so that one which is held up leaves work to the others; and blocks a part, beside which the
+# 30 us to take one are small.
 PARTS = 4
+PART_BLOCKS = 8
 # Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # Rows whose weights and values are computed at once, likewise.
 PIECE_ROWS = 1 << 16
 SHARED_PIECE_ROWS = 1 << 18
+# Bytes from which a gradient asks for its memory.
+HUGE_BYTES = 1 << 22
 # Of Linux 5.14; older ones answer that they do not know it.
 MADV_POPULATE_WRITE = 23
 # Classes of a row from which the quicker call for 16 bits is quicker, and bytes which it takes at once.
@@ -198,7 +202,7 @@ def _run(matrix: Tensor, work: Callable[["_Blocks", Tensor | None, int, int], No
         if spread:
             blocks = _Blocks(matrix, WIDE_BLOCK_ELEMENTS)
         count = len(blocks)
-        size = -(-count // (PARTS * threads)) if shared else count
+        size = min(-(-count // threads), max(PART_BLOCKS, -(-count // (PARTS * threads)))) if shared else count
 
         def start() -> Callable[[int], None]:
             scratch = None if dtype is None else blocks.scratch(dtype)
@@ -267,7 +271,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
     """
     out = logits.new_empty(logits.shape)
     size = out.numel() * out.element_size()
-    if sys.platform == "linux" and size >= 1 << 22:
+    if sys.platform == "linux" and size >= HUGE_BYTES:
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(start, length, mmap.MADV_HUGEPAGE)
