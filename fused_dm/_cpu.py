@@ -233,6 +233,18 @@ def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
     return cast(list[_R], found)
 
 
+# ---- What a look at a tensor tells, which on a GPU would stop the host
+
+
+def are_moderate(margins: Tensor) -> bool:
+    """Whether none of them (N,) is nan or beyond 1e15."""
+    return bool(torch.dot(margins, margins) < 1e30)
+
+
+def is_positive(number: Tensor) -> bool:
+    return bool(number > 0)
+
+
 # ---- Blocks
 
 

@@ -187,12 +187,12 @@ def of_margins(problem: Problem, margin: Tensor, keep_terms: bool = True) -> OfM
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
     eager = _eager_on_a_cpu(problem, margin)
-    has_eps = bool(eps) if eager else None
+    has_eps = _cpu.is_positive(eps) if eager else None
     by_row = problem.reduction == "none"
 
     def of(rows: slice) -> _Part:
         # The margin of an ignored row is nan.
-        ordinary = eager and weight is None and bool(torch.dot(margin[rows], margin[rows]) < 1e30)
+        ordinary = eager and weight is None and _cpu.are_moderate(margin[rows])
         valid = None if ordinary else problem.target[rows] != problem.ignore_index
         of_rows = None if weight is None else weight[rows]
         terms = row_terms(margin[rows], valid, of_rows, eps, log_weight, loss, has_eps)

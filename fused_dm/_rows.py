@@ -85,7 +85,7 @@ def row_terms(
 ) -> RowTerms:
     """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`.
 
-    A `valid` of None says that no row is ignored, none has a weight and none a margin of nan or beyond 1e30, and `has_eps` says
+    A `valid` of None says that no row is ignored, none has a weight and none a margin of nan or beyond 1e15, and `has_eps` says
     whether `eps` is positive where that is known: to look at every row takes longer on a CPU than the arithmetic.
     """
     # The larger of the two logarithms; the other is further off by the margin.
