@@ -31,9 +31,8 @@ PARTS = 4
 PART_BLOCKS = 8
 # Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
-# Rows whose weights and values are computed at once, likewise.
-PIECE_ROWS = 1 << 16
-SHARED_PIECE_ROWS = 1 << 18
+# Rows whose weights and values are computed at once, by any number of threads, as results are rounded relative to their piece.
+PIECE_ROWS = 1 << 17
 # Bytes from which a gradient asks for its memory.
 HUGE_BYTES = 1 << 22
 # Of Linux 5.14; older ones answer that they do not know it.
@@ -140,13 +139,6 @@ def _spread(threads: int) -> Iterator[None]:
             runtime.set_threads(1)
 
 
-def _keep_thread_state() -> None:
-    """Have Python know the calling thread, one of OpenMP's, from one call to the next: to make its state costs 40 us."""
-    if not getattr(_local, "kept", False):
-        _local.kept = True
-        ctypes.pythonapi.PyGILState_Ensure()
-
-
 def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]]) -> None:
     """Call `start()(number)` for every number below `count`, on several threads or on this one, `start` once on each.
 
@@ -157,12 +149,9 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
     remaining, lock = iter(range(count)), threading.Lock()
     inference = torch.is_inference_mode_enabled()
     failures: list[BaseException] = []
-    ours = threading.get_ident()
 
     def take(_: int | None = None) -> None:
         try:
-            if threading.get_ident() != ours:
-                _keep_thread_state()
             with calm(), torch.inference_mode(inference), torch.no_grad():
                 step = start()
                 while True:
@@ -213,10 +202,8 @@ def _run(matrix: Tensor, work: Callable[["_Blocks", Tensor | None, int, int], No
 
 
 def pieces(rows: int) -> list[slice]:
-    """Parts of the rows whose temporaries stay in a core's cache, or are large beside what sharing them costs; one at least."""
-    threads = _threads() if _runtime() else 1
-    size = PIECE_ROWS if threads == 1 else max(PIECE_ROWS, min(SHARED_PIECE_ROWS, -(-rows // threads)))
-    return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
+    """Parts of the rows that are large beside what a part costs, whose temporaries do not leave the caches; one at least."""
+    return [slice(first, min(first + PIECE_ROWS, rows)) for first in range(0, max(rows, 1), PIECE_ROWS)]
 
 
 def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
@@ -421,12 +408,15 @@ def undivided_direction(
     """Margins, leads and norms (N,), and the gradient for k = norm: exp(z_j - max), and -norm for the label, times the slope.
 
     The norm is the sum of exp(z_j - max), but 1/2 where no other class has a finite logit, whose gradient is 0, and 1 where it
-    would be nan. `out` may be the logits themselves.
+    would be nan. With a transform it is 1 throughout: its slope, times a large sum, could be infinite. `out` may be the logits
+    themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
     out = _new_gradient(logits) if out is None else out
-    walk.run(out, undivided=True)
+    walk.run(out, undivided=transform is None)
     margins, leads = walk.margins()
+    if transform is not None:
+        return margins, leads, walk.row_sum.fill_(1.0), out
     norms = walk.row_sum.clamp_(min=0.5)
     if not math.isfinite(norms.sum()):
         norms.nan_to_num_(nan=1.0)

@@ -141,8 +141,8 @@ class OfMargins(NamedTuple):
     loss: Tensor  # () or (N,)
     totals: Totals
     terms_of_parts: list[RowTerms]  # unless they were not to be kept
-    undivided: list[Tensor]  # the coefficients times the divisors
-    divisors: list[Tensor]  # of the parts
+    undivided: list[Tensor]  # the coefficients, times the divisor and relative to a weight of the part's own
+    factors: list[Tensor] | None  # by part what to multiply them by; None where the divisor alone is missing
 
 
 def terms_of(found: OfMargins) -> RowTerms:
@@ -150,22 +150,11 @@ def terms_of(found: OfMargins) -> RowTerms:
 
 
 @torch.no_grad()
-def coefficients_of(found: OfMargins, norm: Tensor | None = None) -> Tensor:
-    """k of each row, (N,), divided by its norm if there are any.
-
-    The gradient is k exp(z_j - lse) for the other classes and -k for the label.
-    """
-    if len(found.undivided) == 1:
-        coefficient = found.undivided[0] / found.divisors[0]
-        return coefficient if norm is None else coefficient.div_(norm)
-    sizes = [len(part) for part in found.undivided]
-    coefficient = found.undivided[0].new_empty(sum(sizes))
-    norms = [None] * len(sizes) if norm is None else norm.split(sizes)
-    for part, divisor, of_rows, out in zip(found.undivided, found.divisors, norms, coefficient.split(sizes), strict=True):
-        torch.div(part, divisor, out=out)
-        if of_rows is not None:
-            out.div_(of_rows)
-    return coefficient
+def coefficients_of(found: OfMargins) -> Tensor:
+    """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
+    if found.factors is None:
+        return _joined(found.undivided) / found.totals.divisor.to(found.undivided[0].dtype)
+    return torch.cat([part * factor for part, factor in zip(found.undivided, found.factors, strict=True)])
 
 
 class _Part(NamedTuple):
@@ -184,6 +173,7 @@ def of_margins(problem: Problem, margin: Tensor, keep_terms: bool = True) -> OfM
     emphasis, weight, margin = problem.emphasis, row_weights(problem), margin.detach()
     normalizer = _normalizer(problem, weight)
     eps, *params = emphasis.params.unbind()
+    eps = eps.to(margin.dtype)
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
     eager = _eager_on_a_cpu(problem, margin)
@@ -208,26 +198,26 @@ def of_margins(problem: Problem, margin: Tensor, keep_terms: bool = True) -> OfM
         return _Part(terms if keep_terms else None, top, weights, values, coefficients(terms, relative, bounded))
 
     parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
-    top = _folded([part.top for part in parts], torch.amax)
-    if len(parts) == 1:
-        shares = [torch.ones_like(top, dtype=torch.float64)]
-    else:
-        shares = [torch.where(part.top == top, 1.0, torch.exp(part.top.double() - top.double())) for part in parts]
-    weights = [part.weights * share for part, share in zip(parts, shares, strict=True)]
-    totals = batch_totals(top, _folded(weights, torch.sum), normalizer)
-    relative = normalizer is None
-    divisors = [(totals.divisor / share if relative else totals.divisor).to(margin.dtype) for share in shares]
+    undivided, values = [part.coefficients for part in parts], [part.values for part in parts]
     terms = [part.terms for part in parts if part.terms is not None]
-    undivided = [part.coefficients for part in parts]
+    if len(parts) == 1:
+        totals = batch_totals(parts[0].top, parts[0].weights, normalizer)
+        factors = None
+    else:
+        # What numbers relative to the largest weight of their part are to be multiplied by to be relative to that of all.
+        top = torch.stack([part.top for part in parts]).amax()
+        shares = [torch.where(part.top == top, 1.0, torch.exp(part.top.double() - top.double())) for part in parts]
+        weights = [torch.where(share == 0, 0.0, part.weights * share) for part, share in zip(parts, shares, strict=True)]
+        totals = batch_totals(top, torch.stack(weights).sum(), normalizer)
+        factors = [(share / totals.divisor).to(margin.dtype) for share in shares] if normalizer is None else None
+        if normalizer is None and loss is None:
+            values = [torch.where(share == 0, 0.0, part.values * share) for part, share in zip(parts, shares, strict=True)]
     if by_row:
-        return OfMargins(_joined([part.values for part in parts]), totals, terms, undivided, divisors)
-    values = [
-        part.values * share if relative and loss is None else part.values for part, share in zip(parts, shares, strict=True)
-    ]
+        return OfMargins(_joined(values), totals, terms, undivided, factors)
     total = _folded(values, torch.sum)
     if loss is not None:
         total = total * torch.exp(-totals.log_scale.double())
-    return OfMargins((total / totals.divisor).to(margin.dtype), totals, terms, undivided, divisors)
+    return OfMargins((total / totals.divisor).to(margin.dtype), totals, terms, undivided, factors)
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:
@@ -236,7 +226,6 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     transform = problem.transform
     backward = needs_gradient(logits)
     keep = impl == "cpu" and _in_forward(problem)
-    norm = None
     if keep and problem.inplace:
         direction = logits.detach()
         margin, lead, norm = _operators.cpu_direction_(direction, target, ignore_index, transform)
@@ -249,9 +238,9 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
     found = of_margins(problem, margin, keep_terms=problem.return_output)
-    loss, coefficient = found.loss, coefficients_of(found, norm)
+    loss, coefficient = found.loss, coefficients_of(found)
     if keep:
-        loss = _operators.attach_direction(logits, loss, direction, coefficient)
+        loss = _operators.attach_direction(logits, loss, direction, coefficient, norm)
     elif problem.inplace:
         loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl, transform)
     elif backward:

@@ -255,21 +255,22 @@ def _(logits, target, ignore_index, transform=None):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
-@torch.library.custom_op("fused_dm::scale_rows2_", mutates_args={"matrix"})
-def scale_rows_(matrix: Tensor, coefficient: Tensor, dvalue: Tensor) -> None:
-    """Multiply each row of `matrix` by its coefficient, (N,), and by `dvalue`, () or (N,), in place."""
+@torch.library.custom_op("fused_dm::scale_rows3_", mutates_args={"matrix"})
+def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> None:
+    """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place."""
     finite = dvalue.dim() == 0 and math.isfinite(dvalue)
-    _cpu.scale_rows_(matrix, coefficient * dvalue if finite else _times(coefficient, dvalue))
+    # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
+    _cpu.scale_rows_(matrix, (coefficient * dvalue if finite else _times(coefficient, dvalue)) / norm)
 
 
-@torch.library.custom_op("fused_dm::attach_direction", mutates_args=())
-def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor) -> Tensor:
-    """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient`."""
+@torch.library.custom_op("fused_dm::attach_direction2", mutates_args=())
+def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor, norm: Tensor) -> Tensor:
+    """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`."""
     return value.clone()
 
 
 @attach_direction.register_fake
-def _(logits, value, direction, coefficient):
+def _(logits, value, direction, coefficient, norm):
     return torch.empty_like(value)
 
 
@@ -279,9 +280,9 @@ def _attach_direction_setup(ctx, inputs, output) -> None:
 
 def _attach_direction_backward(ctx, dvalue):
     _only_once(ctx)
-    direction, coefficient = ctx.saved_tensors
-    scale_rows_(direction, coefficient, dvalue)
-    return direction, None, None, None
+    direction, coefficient, norm = ctx.saved_tensors
+    scale_rows_(direction, coefficient, norm, dvalue)
+    return direction, None, None, None, None
 
 
 attach_direction.register_autograd(_attach_direction_backward, setup_context=_attach_direction_setup)

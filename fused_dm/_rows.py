@@ -137,9 +137,7 @@ def row_values(terms: RowTerms, relative: Tensor, has_loss: bool, bounded: bool 
 def largest_log_weight(terms: RowTerms) -> Tensor:
     """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
     log_weight = terms.log_weight.detach()
-    if not log_weight.shape[0]:
-        return log_weight.new_full((), math.log(1e-8))
-    return log_weight.amax().clamp(min=math.log(1e-8))
+    return torch.cat([log_weight, log_weight.new_full((1,), math.log(1e-8))]).amax()
 
 
 def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> Totals:

@@ -31,7 +31,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS", 2000)
     monkeypatch.setattr(_cpu, "WIDE_BLOCK_ELEMENTS", 3000)
     monkeypatch.setattr(_cpu, "PIECE_ROWS", 64)
-    monkeypatch.setattr(_cpu, "SHARED_PIECE_ROWS", 48)
 
 
 # (B, V, d1, ...), each with its reason, for blocks of 2000 elements.
@@ -135,6 +134,88 @@ def test_weights_of_parts_of_the_rows_far_apart():
     batch = make(150, 40)
     sample_weight = torch.where(torch.arange(150) < 140, 1e-20, 1e38)
     check(*run("cpu", *batch, DM, sample_weight=sample_weight), expected(*batch, DM, sample_weight=sample_weight))
+
+
+@pytest.mark.usefixtures("small_blocks")
+class TestParts:
+    """What is relative to the largest weight of some of the rows, and then to that of all."""
+
+    def test_an_infinite_value_among_rows_that_weigh_nothing(self):
+        """Its weight is exp(-400) beside the others of its part, and exp(-1100) beside the rest: inf times 0 was nan."""
+        logits = torch.zeros(150, 2)
+        logits[:100, 0] = -400
+        logits[5, 0] = -torch.inf
+        target = torch.zeros(150, dtype=torch.int64)
+        emphasis = edf.DM(beta=3000, lambd=1)
+        check(*run("cpu", logits, target, emphasis), expected(logits, target, emphasis))
+
+    def test_a_small_share_of_the_weights_and_a_large_upstream_gradient(self):
+        """A divisor over the share of a part was infinite in fp32, and the gradient 0, where it is 1e-35 again in the end."""
+        logits, target = make(150, 40)
+        sample_weight = torch.where(torch.arange(150) < 100, 1, 1e34)
+        upstream = torch.tensor(1e5)
+        output, dlogits = run("cpu", logits, target, edf.Uniform(), upstream, sample_weight=sample_weight)
+        check(output, dlogits, expected(logits, target, edf.Uniform(), upstream, sample_weight=sample_weight))
+
+    def test_the_same_parts_for_any_number_of_threads(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        one = _cpu.pieces(1000)
+        torch.set_num_threads(3)
+        several = _cpu.pieces(1000)
+        torch.set_num_threads(before)
+        assert len(one) > 3
+        assert one == several
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e30, 1e37])
+def test_a_small_coefficient_and_a_large_upstream_gradient(dtype, size):
+    """A coefficient of 1e-37 that was divided by the sum of a row had no digits left for the upstream gradient."""
+    logits, target, upstream = torch.zeros(4, 5000, dtype=dtype), torch.arange(4), torch.tensor(size)
+    options = {"reduction": "sum", "normalizer": size}
+    check(*run("cpu", logits, target, edf.CCE(), upstream, **options), expected(logits, target, edf.CCE(), upstream, **options))
+
+
+def test_a_large_scale_of_the_logits():
+    """The label's entry, minus the sum of its row, times the scale was infinite."""
+    logits, target = torch.zeros(4, 5000), torch.arange(4)
+    options = {"reduction": "sum", "normalizer": 1e30, "logit_scale": 1e36}
+    check(*run("cpu", logits, target, edf.CCE(), **options), expected(logits, target, edf.CCE(), **options))
+
+
+@pytest.mark.parametrize("eps", [1e-46, 1e-300])
+def test_eps_that_fp32_has_not(eps):
+    """It is 0 there, and q / (2 q + eps) was 0 / 0 for a label far above the rest."""
+    logits = torch.tensor([[200.0, 0.0], [0.0, 1.0]])
+    target = torch.tensor([0, 0])
+    _, dlogits = run("cpu", logits, target, DM, eps=eps)
+    assert dlogits.isfinite().all()
+
+
+def _thread_states() -> int:
+    """How many threads Python knows."""
+    api = ctypes.pythonapi
+    for function in (api.PyInterpreterState_Head, api.PyInterpreterState_ThreadHead, api.PyThreadState_Next):
+        function.restype = ctypes.c_void_p
+    api.PyInterpreterState_ThreadHead.argtypes = api.PyThreadState_Next.argtypes = [ctypes.c_void_p]
+    state, count = api.PyInterpreterState_ThreadHead(api.PyInterpreterState_Head()), 0
+    while state:
+        state, count = api.PyThreadState_Next(state), count + 1
+    return count
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_threads_leave_nothing_behind():
+    """Regions of fewer threads than the last end some of them."""
+    before, logits, target = torch.get_num_threads(), *make(150, 90)
+    torch.set_num_threads(4)
+    run("cpu", logits, target, DM)
+    known = _thread_states()
+    for _ in range(5):
+        run("cpu", logits, target, DM)
+    torch.set_num_threads(before)
+    assert _thread_states() <= known
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the calls are Linux's")

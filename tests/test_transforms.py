@@ -100,6 +100,20 @@ def test_export_save_and_load(impl, options, strict, emphasis):
         assert torch.equal(parameter.grad, gradients[name])
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_export_of_a_number_of_rows_that_depends_on_data(impl):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, target):
+            keep = target != 3
+            return dm_loss(logits[keep], target[keep], DM, impl=impl)
+
+    logits, target = (tensor.to(device_of(impl)) for tensor in make(40, 9))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        program = torch.export.export(Loss(), (logits, target))
+    torch.testing.assert_close(program.module()(logits, target), Loss()(logits, target))
+
+
 def test_the_reference_is_not_exported():
     class Loss(torch.nn.Module):
         def forward(self, logits, target):
