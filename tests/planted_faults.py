@@ -242,7 +242,7 @@ FIRST = {
     "module": ["test_schedules", "test_operators"],
     "operators": ["test_operators", "test_transforms"],
     "CPU": ["test_cpu"],
-    "rows": ["test_edges", "test_cpu"],
+    "rows": ["test_cpu", "test_edges"],
     "transform": ["test_softcap"],
     "linear": ["test_linear"],
 }
