@@ -154,7 +154,11 @@ def coefficients_of(found: OfMargins) -> Tensor:
     """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
     if found.factors is None:
         return _joined(found.undivided) / found.totals.divisor.to(found.undivided[0].dtype)
-    return torch.cat([part * factor for part, factor in zip(found.undivided, found.factors, strict=True)])
+    sizes = [len(part) for part in found.undivided]
+    coefficient = found.undivided[0].new_empty(sum(sizes))
+    for part, factor, out in zip(found.undivided, found.factors, coefficient.split(sizes), strict=True):
+        torch.mul(part, factor, out=out)
+    return coefficient
 
 
 class _Part(NamedTuple):

@@ -259,8 +259,12 @@ def _(logits, target, ignore_index, transform=None):
 def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> None:
     """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place."""
     finite = dvalue.dim() == 0 and math.isfinite(dvalue)
+    if not finite:
+        coefficient = _times(coefficient, dvalue)
+    elif dvalue != 1:
+        coefficient = coefficient * dvalue
     # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
-    _cpu.scale_rows_(matrix, (coefficient * dvalue if finite else _times(coefficient, dvalue)) / norm)
+    _cpu.scale_rows_(matrix, coefficient / norm)
 
 
 @torch.library.custom_op("fused_dm::attach_direction2", mutates_args=())

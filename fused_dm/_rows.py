@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -89,7 +88,7 @@ def row_terms(
     whether `eps` is positive where that is known: to look at every row takes longer on a CPU than the arithmetic.
     """
     # The larger of the two logarithms; the other is further off by the margin.
-    larger = F.logsigmoid(margin.abs())
+    larger = margin.abs().neg_().exp_().log1p_().neg_()
     log_p, log_q = margin.clamp(max=0).add_(larger), larger.sub_(margin.clamp(min=0))
     finite = (log_p, log_q) if valid is None else (log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
     log_w = log_weight(*finite)
@@ -97,7 +96,7 @@ def row_terms(
     if has_eps is False:
         unit = margin.new_full((), 0.5).expand_as(margin)
     else:
-        q = torch.sigmoid(-margin)
+        q = torch.exp(log_q)
         unit = q / torch.add(eps, q, alpha=2)
         if not has_eps:
             # Where q and eps are both 0, the quotient is nan.

@@ -106,7 +106,7 @@ FAULTS = [
     Fault("CPU: threads in a forked child", "fused_dm/_cpu.py", "    _forked = True\n", "    _forked = False\n"),
     Fault("CPU: one thread of several", "fused_dm/_cpu.py", "runtime.parallel(_Body(take), None, threads, 0)", "runtime.parallel(_Body(take), None, 1, 0)"),
     Fault("CPU: labels unchecked", "fused_dm/_cpu.py", "    if wrong.any():", "    if False:"),
-    Fault("CPU: gradient not divided by its norm", "fused_dm/_operators.py", "_times(coefficient, dvalue)) / norm)", "_times(coefficient, dvalue)))"),
+    Fault("CPU: gradient not divided by its norm", "fused_dm/_operators.py", "_cpu.scale_rows_(matrix, coefficient / norm)", "_cpu.scale_rows_(matrix, coefficient)"),
     Fault("CPU: norm of a row without another class", "fused_dm/_cpu.py", "norms = walk.row_sum.clamp_(min=0.5)", "norms = walk.row_sum"),
     Fault("CPU: norm of a row of nan that does not count", "fused_dm/_cpu.py", "        norms.nan_to_num_(nan=1.0)\n", "        pass\n"),
     Fault("CPU: margins of the first blocks alone", "fused_dm/_walk.py", "lead, margin, ends[0], ends[1])", "lead, margin, 0, ends[1] - ends[0])"),
@@ -114,7 +114,8 @@ FAULTS = [
     Fault("CPU: 16 bits, last rows not scaled", "fused_dm/_walk.py", "count = min(height, rows.size(0) - first)", "count = min(height, rows.size(0) - first - 1)"),
     Fault("CPU: 16 bits and an infinite factor", "fused_dm/_cpu.py", " and math.isfinite(factor.sum()):", ":"),
     Fault("CPU: a large sum times a large slope", "fused_dm/_cpu.py", "undivided=transform is None)", "undivided=True)"),
-    Fault("CPU: divided by the norm before a large dloss", "fused_dm/_operators.py", "(coefficient * dvalue if finite else _times(coefficient, dvalue)) / norm)", "(coefficient / norm * dvalue if finite else _times(coefficient / norm, dvalue)))"),
+    Fault("CPU: divided by the norm before a large dloss", "fused_dm/_operators.py", "        coefficient = coefficient * dvalue\n", "        coefficient, norm = coefficient / norm * dvalue, 1\n"),
+    Fault("CPU: dloss taken for 1", "fused_dm/_operators.py", "    elif dvalue != 1:", "    elif dvalue != dvalue:"),
     # Order N
     Fault("rows: ignored rows counted by mean", "fused_dm/_rows.py", "return valid.sum().clamp(min=1).double()", "return torch.ones_like(valid).sum().clamp(min=1).double()"),
     Fault("rows: mean divides by the number of weights", "fused_dm/_rows.py", "total.sum(), torch.ones_like", "(total != 0).double().sum(), torch.ones_like"),
