@@ -254,6 +254,8 @@ def compile_case(case: Case, target: GPUTarget):
         "PARTS": triton.next_power_of_2(case.parts or 1),
         "BLOCK_N": launch.block_n,
         "BLOCK_V": launch.block_v,
+        "LANES": launch.lanes,
+        "STAGES": launch.stages,
         "BLOCK": launch.block_v,
     }
     if not case.weighted:

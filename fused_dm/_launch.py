@@ -60,6 +60,8 @@ class Launch(NamedTuple):
     num_warps: int
     span: int  # classes that a program covers: a multiple of block_v, at least V but for "split" and "spans"
     stream: bool = False  # what is read or written is not wanted again: it leaves the L2 cache first
+    lanes: int = 1  # parts of a row's statistics that are kept apart until its last block
+    stages: int = 1  # blocks on their way at a time
 
     def tiles(self, sizes: Sizes) -> int:
         """Tiles of rows; none crosses from one image to the next."""
@@ -79,7 +81,9 @@ def _power_of_2(least: int) -> int:
 
 
 def _whole(way: str, sizes: Sizes, block_n: int, block_v: int, num_warps: int) -> Launch:
-    return Launch(way, block_n, block_v, num_warps, _cdiv(sizes.classes, block_v) * block_v)
+    # A number for each thread of a row in blocks, so that its threads meet once, not at every block.
+    lanes = 32 * num_warps if block_n == 1 and sizes.classes > block_v else 1
+    return Launch(way, block_n, block_v, num_warps, _cdiv(sizes.classes, block_v) * block_v, lanes=lanes)
 
 
 def tiles(sizes: Sizes) -> Launch:

@@ -81,6 +81,8 @@ class _Layout:
             "SPATIAL": self.sizes.spatial,
             "BLOCK_N": launch.block_n,
             "BLOCK_V": launch.block_v,
+            "LANES": launch.lanes,
+            "STAGES": launch.stages,
             "num_warps": launch.num_warps,
             "enable_fp_fusion": True,
         }

@@ -8,11 +8,13 @@ from .reduction import fold, store_totals
 from .rows import (
     batch_sums,
     class_offsets,
+    combined_lanes,
     combined_parts,
     in_words,
     load_block,
     load_label,
     margin_of,
+    no_statistics,
     other_classes,
     own_labels,
     own_positions,
@@ -42,16 +44,17 @@ def row_statistics(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Maximum and sum of exp(z - max) over the classes from begin to end other than the label, in one pass."""
-    row_max = tl.full([BLOCK_N], -INF, dtype)
-    row_sum = tl.zeros([BLOCK_N], dtype)
-    for first in range(begin, end, BLOCK_V):
+    maxima, sums = no_statistics(dtype, BLOCK_N, LANES)
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
         cols = first + tl.arange(0, BLOCK_V)
         offset = class_offsets(cols, strides, UNIT, SPATIAL)
         logits = load_block(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, "")
-        row_max, row_sum, _ = scan_block(other_classes(logits, cols, target), row_max, row_sum)
-    return row_max, row_sum
+        maxima, sums, _ = scan_block(other_classes(logits, cols, target), maxima, sums, LANES, UNIT)
+    return combined_lanes(maxima, sums, LANES)
 
 
 @triton.jit
@@ -74,6 +77,8 @@ def own_statistics(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Row numbers, whether they exist and are examples, and their label's logit, maximum and sum.
 
@@ -104,6 +109,8 @@ def own_statistics(
             SPATIAL,
             BLOCK_N,
             BLOCK_V,
+            LANES,
+            STAGES,
         )
     else:
         row_max, row_sum = combined_parts(parts_ptr, row, exists, N, parts, PARTS)
@@ -127,6 +134,8 @@ def split_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows by SPAN classes and writes the rows' statistics over those."""
     if SPATIAL:
@@ -159,6 +168,8 @@ def split_kernel(
         SPATIAL,
         BLOCK_N,
         BLOCK_V,
+        LANES,
+        STAGES,
     )
     N = N.to(tl.int64)
     tl.store(parts_ptr + part * N + row, row_max, mask=exists)
@@ -185,6 +196,8 @@ def margin_kernel(
     PARTS: tl.constexpr,  # a power of 2, at least parts
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their margin and statistics; an ignored row has margin nan."""
     if SPATIAL:
@@ -195,7 +208,7 @@ def margin_kernel(
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, exists, valid, label_logit, row_max, row_sum = own_statistics(
         logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-        UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V,
+        UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
     )  # fmt: skip
     lead, margin = margin_of(label_logit, row_max, row_sum)
     tl.store(rows_ptr + row, row_max, mask=exists)
@@ -225,6 +238,8 @@ def forward_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their numbers and its share of the batch sums."""
     if SPATIAL:
@@ -252,6 +267,8 @@ def forward_kernel(
         1,
         BLOCK_N,
         BLOCK_V,
+        LANES,
+        STAGES,
     )
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
@@ -286,6 +303,8 @@ def batch_kernel(
     PARTS: tl.constexpr,  # a power of 2, at least parts
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program owns the batch, tile after tile: it writes the rows' numbers, the loss and the totals.
 
@@ -302,7 +321,7 @@ def batch_kernel(
     for tile in tl.range(0, tiles, num_stages=1):
         row, exists, valid, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-            UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V,
+            UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
         )  # fmt: skip
         lead, margin = margin_of(label_logit, row_max, row_sum)
         log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)

@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
-from .numerics import INF, exp
+from .numerics import exp
 from .rows import (
     class_offsets,
     coefficient,
+    combined_lanes,
+    exps_of_rows,
     finite_max,
     gradient_of,
     in_words,
@@ -15,6 +17,7 @@ from .rows import (
     load_label,
     load_with_slope,
     margin_of,
+    no_statistics,
     other_classes,
     own_labels,
     own_positions,
@@ -52,6 +55,8 @@ def fused_kernel(
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK_V: no loop, which leaves registers for a larger block
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their numbers, its share of the value, and dlogits for dloss = 1.
 
@@ -74,15 +79,16 @@ def fused_kernel(
     read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
     label_offset = class_offsets(target, logits_strides, UNIT, SPATIAL)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-    row_max = tl.full([BLOCK_N], -INF, label_logit.dtype)
-    row_sum = tl.zeros([BLOCK_N], label_logit.dtype)
-    exps = tl.zeros([BLOCK_N, BLOCK_V], label_logit.dtype)
+    maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
+    SIZE: tl.constexpr = UNIT if LANES > 1 else BLOCK_V
+    exps = tl.zeros([BLOCK_N, BLOCK_V // (LANES * SIZE), LANES, SIZE], label_logit.dtype)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
-    for block in range(0, blocks):
+    for block in tl.range(0, blocks, num_stages=STAGES):
         cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
         offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
         logits = load_block(logits_ptr, start, offset, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL, KEEP)
-        row_max, row_sum, exps = scan_block(other_classes(logits, cols, target), row_max, row_sum)
+        maxima, sums, exps = scan_block(other_classes(logits, cols, target), maxima, sums, LANES, UNIT)
+    row_max, row_sum = combined_lanes(maxima, sums, LANES)
     lead, margin = margin_of(label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
     store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
@@ -90,7 +96,7 @@ def fused_kernel(
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
     active = k != 0.0
     read = in_words_again(read, active, UNIT, SPATIAL)
-    exps = tl.where(active[:, None], exps, 0.0)
+    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES), 0.0)
     last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
     gradient = gradient_of(exps, last, target, k, row_sum)
     if transform_ptr is not None:
@@ -101,7 +107,7 @@ def fused_kernel(
     offset = class_offsets(last, dlogits_strides, UNIT, SPATIAL)
     store_block(dlogits_ptr, out_start, offset, last, gradient, V, exists, DROP)
     base = tl.where(active, finite_max(row_max), 0.0)
-    for done in range(1, blocks):
+    for done in tl.range(1, blocks, num_stages=STAGES):
         again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
         offset = class_offsets(again, logits_strides, UNIT, SPATIAL)
         logits, slope = load_with_slope(logits_ptr, start, offset, again, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)

@@ -44,6 +44,8 @@ def gradient_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows by SPAN classes of dlogits; with SKIP_ONE it writes nothing where dloss is 1.
 
@@ -88,7 +90,7 @@ def gradient_kernel(
     active = valid & (k != 0.0)
     read = in_words_again(read, active, UNIT, SPATIAL)
     base = tl.where(active, finite_max(row_max), 0.0)
-    for first in range(begin, end, BLOCK_V):
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
         cols = first + tl.arange(0, BLOCK_V)
         offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
         logits, slope = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
@@ -110,6 +112,8 @@ def multiply_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows by SPAN classes of dlogits and multiplies them by dloss; it does nothing where that is 1."""
     if SPATIAL:
@@ -122,7 +126,7 @@ def multiply_kernel(
     start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
     dloss = tl.load(dloss_ptr)
     end = tl.where(dloss == 1.0, begin, tl.minimum(begin + SPAN, V))
-    for first in range(begin, end, BLOCK_V):
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
         cols = first + tl.arange(0, BLOCK_V)
         inside = exists[:, None] & (cols < V)[None, :]
         at = dlogits_ptr + start[:, None] + class_offsets(cols, dlogits_strides, UNIT, SPATIAL)[None, :]
