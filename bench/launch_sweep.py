@@ -59,12 +59,12 @@ def chosen(kernel: str, case: Case) -> Launch:
 def trials(kernel: str, case: Case) -> list[Trial]:
     """The package's choice first, then the others."""
     first, sizes = chosen(kernel, case), sizes_of(case)
-    blocks = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16)]
+    blocks = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)]
     found = [first]
     if case.classes > 4096:
         for block_v, warps in blocks + ([(32768, 16), (32768, 32)] if kernel == "fused" else []):
             lanes = 32 * warps if case.classes > block_v and kernel != "gradient" else 1
-            for at_a_time, stages in dict.fromkeys([(1, 1), (lanes, 1), (lanes, 3)]):
+            for at_a_time, stages in [(lanes, 1), (lanes, 2)] + [(1, 3)] * (kernel == "gradient"):
                 span = -(-first.span // block_v) * block_v
                 if block_v * stages * sizes.itemsize <= 200_000 and (stages == 1 or span > block_v):
                     found.append(first._replace(block_v=block_v, num_warps=warps, span=span, stages=stages, lanes=at_a_time))

@@ -10,19 +10,22 @@ from .rows import (
     class_offsets,
     combined_lanes,
     combined_parts,
+    compared_label,
     in_words,
-    load_block,
     load_label,
     margin_of,
     no_statistics,
     other_classes,
     own_labels,
     own_positions,
+    read_block,
     row_starts,
     row_terms,
     scan_block,
     store_partials,
-    store_rows,
+    stored_statistics,
+    stored_terms,
+    with_slope,
 )
 
 
@@ -48,12 +51,21 @@ def row_statistics(
     STAGES: tl.constexpr,
 ):
     """Maximum and sum of exp(z - max) over the classes from begin to end other than the label, in one pass."""
+    label = compared_label(target)
     maxima, sums = no_statistics(dtype, BLOCK_N, LANES)
-    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
+    if STAGES == 2:
+        cols = begin + tl.arange(0, BLOCK_V)
+        ahead = read_block(logits_ptr, start, class_offsets(cols, strides, UNIT, SPATIAL), cols, end, read, "")
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES if STAGES > 2 else 1):
         cols = first + tl.arange(0, BLOCK_V)
-        offset = class_offsets(cols, strides, UNIT, SPATIAL)
-        logits = load_block(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, "")
-        maxima, sums, _ = scan_block(other_classes(logits, cols, target), maxima, sums, LANES, UNIT)
+        if STAGES == 2:
+            raw = ahead
+            following = cols + BLOCK_V
+            ahead = read_block(logits_ptr, start, class_offsets(following, strides, UNIT, SPATIAL), following, end, read, "")
+        else:
+            raw = read_block(logits_ptr, start, class_offsets(cols, strides, UNIT, SPATIAL), cols, end, read, "")
+        logits, _ = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
+        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label), maxima, sums, LANES, UNIT)
     return combined_lanes(maxima, sums, LANES)
 
 
@@ -270,9 +282,9 @@ def forward_kernel(
         LANES,
         STAGES,
     )
-    lead, margin = margin_of(label_logit, row_max, row_sum)
+    margin = stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
-    store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
+    stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
 
 
@@ -323,9 +335,9 @@ def batch_kernel(
             logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
             UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
         )  # fmt: skip
-        lead, margin = margin_of(label_logit, row_max, row_sum)
+        margin = stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
         log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
-        store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
+        stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
         more_top, more_weights, more_values = batch_sums(log_weight, sign, value, LOSS)
         top, weights, values = fold(top, weights, values, more_top, more_weights, more_values, LOSS)
     store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)

@@ -3,30 +3,31 @@
 import triton
 import triton.language as tl
 
-from .numerics import exp
 from .rows import (
     class_offsets,
     coefficient,
     combined_lanes,
+    compared_label,
     exps_of_rows,
     finite_max,
+    gradient_block,
     gradient_of,
     in_words,
     in_words_again,
-    load_block,
     load_label,
-    load_with_slope,
-    margin_of,
     no_statistics,
     other_classes,
     own_labels,
     own_positions,
+    read_block,
     row_starts,
     row_terms,
     scan_block,
     store_block,
     store_partials,
-    store_rows,
+    stored_statistics,
+    stored_terms,
+    with_slope,
 )
 
 
@@ -79,39 +80,70 @@ def fused_kernel(
     read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
     label_offset = class_offsets(target, logits_strides, UNIT, SPATIAL)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+    label = compared_label(target)
     maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
     SIZE: tl.constexpr = UNIT if LANES > 1 else BLOCK_V
     exps = tl.zeros([BLOCK_N, BLOCK_V // (LANES * SIZE), LANES, SIZE], label_logit.dtype)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
-    for block in tl.range(0, blocks, num_stages=STAGES):
-        cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
-        logits = load_block(logits_ptr, start, offset, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL, KEEP)
-        maxima, sums, exps = scan_block(other_classes(logits, cols, target), maxima, sums, LANES, UNIT)
+    if STAGES == 2:
+        cols = tl.arange(0, BLOCK_V)
+        ahead = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, KEEP)
+    for block in tl.range(0, blocks, num_stages=STAGES if STAGES > 2 else 1):
+        first = block * BLOCK_V
+        cols = first + tl.arange(0, BLOCK_V)
+        if STAGES == 2:
+            raw = ahead
+            following = cols + BLOCK_V
+            ahead = read_block(
+                logits_ptr, start, class_offsets(following, logits_strides, UNIT, SPATIAL), following, V, read, KEEP
+            )
+        else:
+            raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, KEEP)
+        logits, _ = with_slope(raw, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL)
+        maxima, sums, exps = scan_block(other_classes(logits, first, cols, label), maxima, sums, LANES, UNIT)
     row_max, row_sum = combined_lanes(maxima, sums, LANES)
-    lead, margin = margin_of(label_logit, row_max, row_sum)
+    margin = stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
-    store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value)
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
+    log_weight, unit = stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
     active = k != 0.0
     read = in_words_again(read, active, UNIT, SPATIAL)
     exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES), 0.0)
-    last = (blocks - 1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    gradient = gradient_of(exps, last, target, k, row_sum)
+    if STAGES == 2 and not ONE_BLOCK:
+        cols = (blocks - 2) * BLOCK_V + tl.arange(0, BLOCK_V)
+        ahead = read_block(
+            logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read & (blocks > 1), DROP
+        )
+    first = (blocks - 1) * BLOCK_V
+    cols = first + tl.arange(0, BLOCK_V)
+    gradient = gradient_of(exps, cols, label, k, row_sum)
     if transform_ptr is not None:
         # Read again for the slope rather than kept in registers beside the exponentials.
-        offset = class_offsets(last, logits_strides, UNIT, SPATIAL)
-        _, slope = load_with_slope(logits_ptr, start, offset, last, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
+        raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, DROP)
+        _, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
         gradient *= slope
-    offset = class_offsets(last, dlogits_strides, UNIT, SPATIAL)
-    store_block(dlogits_ptr, out_start, offset, last, gradient, V, exists, DROP)
+    store_block(dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, V, exists, DROP)
     base = tl.where(active, finite_max(row_max), 0.0)
-    for done in tl.range(1, blocks, num_stages=STAGES):
-        again = (blocks - 1 - done) * BLOCK_V + tl.arange(0, BLOCK_V)
-        offset = class_offsets(again, logits_strides, UNIT, SPATIAL)
-        logits, slope = load_with_slope(logits_ptr, start, offset, again, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
-        exps = exp(other_classes(logits, again, target) - base[:, None])
-        gradient = gradient_of(exps, again, target, k, row_sum) * slope
-        offset = class_offsets(again, dlogits_strides, UNIT, SPATIAL)
-        store_block(dlogits_ptr, out_start, offset, again, gradient, V, exists, DROP)
+    for done in tl.range(1, blocks, num_stages=STAGES if STAGES > 2 else 1):
+        first = (blocks - 1 - done) * BLOCK_V
+        cols = first + tl.arange(0, BLOCK_V)
+        if STAGES == 2:
+            raw = ahead
+            following = cols - BLOCK_V
+            ahead = read_block(
+                logits_ptr,
+                start,
+                class_offsets(following, logits_strides, UNIT, SPATIAL),
+                following,
+                V,
+                read & (first > 0),
+                DROP,
+            )
+        else:
+            raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, DROP)
+        logits, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
+        gradient = gradient_block(logits, base, first, cols, label, k, row_sum) * slope
+        store_block(
+            dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, V, exists, DROP
+        )

@@ -3,20 +3,20 @@
 import triton
 import triton.language as tl
 
-from .numerics import exp
 from .rows import (
     class_offsets,
     coefficient,
+    compared_label,
     finite_max,
-    gradient_of,
+    gradient_block,
     in_words,
     in_words_again,
-    load_with_slope,
-    other_classes,
     own_labels,
     own_positions,
+    read_block,
     row_starts,
     store_block,
+    with_slope,
 )
 
 
@@ -90,14 +90,25 @@ def gradient_kernel(
     active = valid & (k != 0.0)
     read = in_words_again(read, active, UNIT, SPATIAL)
     base = tl.where(active, finite_max(row_max), 0.0)
-    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
+    label = compared_label(target)
+    if STAGES == 2:
+        cols = begin + tl.arange(0, BLOCK_V)
+        ahead = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, end, read, DROP)
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES if STAGES > 2 else 1):
         cols = first + tl.arange(0, BLOCK_V)
-        offset = class_offsets(cols, logits_strides, UNIT, SPATIAL)
-        logits, slope = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, DROP)
-        exps = exp(other_classes(logits, cols, target) - base[:, None])
-        offset = class_offsets(cols, dlogits_strides, UNIT, SPATIAL)
-        gradient = gradient_of(exps, cols, target, k, row_sum) * slope
-        store_block(dlogits_ptr, out_start, offset, cols, gradient, V, exists, DROP)
+        if STAGES == 2:
+            raw = ahead
+            following = cols + BLOCK_V
+            ahead = read_block(
+                logits_ptr, start, class_offsets(following, logits_strides, UNIT, SPATIAL), following, end, read, DROP
+            )
+        else:
+            raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, end, read, DROP)
+        logits, slope = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
+        gradient = gradient_block(logits, base, first, cols, label, k, row_sum) * slope
+        store_block(
+            dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, end, exists, DROP
+        )
 
 
 @triton.jit(do_not_specialize=["D"])
@@ -126,7 +137,7 @@ def multiply_kernel(
     start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
     dloss = tl.load(dloss_ptr)
     end = tl.where(dloss == 1.0, begin, tl.minimum(begin + SPAN, V))
-    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES if STAGES > 2 else 1):
         cols = first + tl.arange(0, BLOCK_V)
         inside = exists[:, None] & (cols < V)[None, :]
         at = dlogits_ptr + start[:, None] + class_offsets(cols, dlogits_strides, UNIT, SPATIAL)[None, :]

@@ -91,55 +91,25 @@ def transformed(raw, transform_ptr, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def load_with_slope(
-    logits_ptr,
-    start,
-    offset,
-    cols,
-    V,
-    active,
-    read,
-    transform_ptr,
-    CAPPED: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype, -inf outside; and their slope.
+def read_block(logits_ptr, start, offset, cols, end, read, EVICT: tl.constexpr):
+    """Logits (BLOCK_N, BLOCK_V) as they are, of the rows to read and the classes below end; -inf elsewhere."""
+    inside = read[:, None] & (cols < end)[None, :]
+    return tl.load(logits_ptr + start[:, None] + offset[None, :], mask=inside, other=-INF, eviction_policy=EVICT)
 
-    `offset` are those of `cols`, and `read` the rows of `in_words`.
-    """
-    inside = read[:, None] & (cols < V)[None, :]
-    logits = tl.load(logits_ptr + start[:, None] + offset[None, :], mask=inside, other=-INF, eviction_policy=EVICT)
-    if logits.dtype != tl.float64:
-        logits = logits.to(tl.float32)
+
+@triton.jit
+def with_slope(raw, cols, end, active, read, transform_ptr, CAPPED: tl.constexpr, SPATIAL: tl.constexpr):
+    """The block of `read_block` as the loss takes it, -inf outside of the active rows; and its slope."""
+    logits = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
     if transform_ptr is None:
         if SPATIAL:
             logits = tl.where(active[:, None], logits, -INF)
         return logits, 1.0
     else:
         # A row that was read for its neighbours' sake may hold anything.
-        inside &= active[:, None]
+        inside = (read & active)[:, None] & (cols < end)[None, :]
         logits, slope = transformed(logits, transform_ptr, CAPPED)
         return tl.where(inside, logits, -INF), tl.where(inside, slope, 0.0)
-
-
-@triton.jit
-def load_block(
-    logits_ptr,
-    start,
-    offset,
-    cols,
-    V,
-    active,
-    read,
-    transform_ptr,
-    CAPPED: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Logits (BLOCK_N, BLOCK_V) of the active rows in the compute dtype; -inf outside."""
-    logits, _ = load_with_slope(logits_ptr, start, offset, cols, V, active, read, transform_ptr, CAPPED, SPATIAL, EVICT)
-    return logits
 
 
 @triton.jit
@@ -160,9 +130,30 @@ def finite_max(row_max):
 
 
 @triton.jit
-def other_classes(logits, cols, target):
-    """The block with -inf at the label."""
-    return tl.where(cols[None, :] == target[:, None], -INF, logits)
+def compared_label(target):
+    """The labels as they are compared with classes: a number for a row alone, else (BLOCK_N, 1). 32 bits: no class has more."""
+    label = target.to(tl.int32)
+    if target.shape[0] == 1:
+        return tl.max(label, 0)
+    else:
+        return label[:, None]
+
+
+@triton.jit
+def has_label(first, label, BLOCK_V: tl.constexpr):
+    """Whether the label of a row alone is among the BLOCK_V classes from `first` on."""
+    return (label >= first) & (label < first + BLOCK_V)
+
+
+@triton.jit
+def other_classes(logits, first, cols, label):
+    """The block with -inf at the label; a row alone is compared in the block that has it, and in no other."""
+    if logits.shape[0] == 1:
+        if has_label(first, label, logits.shape[1]):
+            logits = tl.where(cols[None, :] == label, -INF, logits)
+        return logits
+    else:
+        return tl.where(cols[None, :] == label, -INF, logits)
 
 
 @triton.jit
@@ -226,9 +217,47 @@ def combined_parts(parts_ptr, row, exists, N, parts, PARTS: tl.constexpr):
 def margin_of(label_logit, row_max, row_sum):
     """z_y - max and the margin z_y - log sum_{j != y} exp(z_j); +inf where no other class has a finite logit."""
     lead = label_logit - finite_max(row_max)
+    return lead, margin_of_lead(lead, row_sum)
+
+
+@triton.jit
+def margin_of_lead(lead, row_sum):
     empty = row_sum == 0.0
     log_sum = tl.where(empty, -INF, tl.log(tl.where(empty, 1.0, row_sum)))
-    return lead, lead - log_sum
+    return lead - log_sum
+
+
+@triton.jit
+def stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum):
+    """Write the rows' max, sum and lead into the (7, N) buffer; the sum and the lead, a row for each thread.
+
+    What a reduction leaves behind every thread of the row has, and would do the arithmetic of the row again.
+    """
+    N = N.to(tl.int64)
+    lead = label_logit - finite_max(row_max)
+    tl.store(rows_ptr + row, row_max, mask=exists)
+    tl.store(rows_ptr + row + N, row_sum, mask=exists)
+    tl.store(rows_ptr + row + 2 * N, lead, mask=exists)
+    if row.shape[0] >= 8:
+        tl.debug_barrier()
+        row_sum = tl.load(rows_ptr + row + N, mask=exists, other=1.0)
+        lead = tl.load(rows_ptr + row + 2 * N, mask=exists, other=0.0)
+    return margin_of_lead(lead, row_sum)
+
+
+@triton.jit
+def stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value):
+    """Write what `row_terms` returns into the (7, N) buffer; log |c w| and the unit, for every thread of the row."""
+    N = N.to(tl.int64)
+    tl.store(rows_ptr + row + 3 * N, log_weight, mask=exists)
+    tl.store(rows_ptr + row + 4 * N, unit, mask=exists)
+    tl.store(rows_ptr + row + 5 * N, sign, mask=exists)
+    tl.store(rows_ptr + row + 6 * N, value, mask=exists)
+    if row.shape[0] >= 8:
+        tl.debug_barrier()
+        log_weight = tl.load(rows_ptr + row + 3 * N, mask=exists, other=0.0)
+        unit = tl.load(rows_ptr + row + 4 * N, mask=exists, other=0.0)
+    return log_weight, unit
 
 
 @triton.jit
@@ -259,19 +288,6 @@ def row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT: tl.constex
         if LOSS is not None:
             value *= weight
     return tl.where(valid, log_weight, -INF), sign, tl.where(valid, sign * unit, 0.0), tl.where(valid, value, 0.0)
-
-
-@triton.jit
-def store_rows(rows_ptr, row, exists, N, row_max, row_sum, lead, log_weight, unit, sign, value):
-    """Write a row's seven numbers into the (7, N) buffer."""
-    N = N.to(tl.int64)
-    tl.store(rows_ptr + row, row_max, mask=exists)
-    tl.store(rows_ptr + row + N, row_sum, mask=exists)
-    tl.store(rows_ptr + row + 2 * N, lead, mask=exists)
-    tl.store(rows_ptr + row + 3 * N, log_weight, mask=exists)
-    tl.store(rows_ptr + row + 4 * N, unit, mask=exists)
-    tl.store(rows_ptr + row + 5 * N, sign, mask=exists)
-    tl.store(rows_ptr + row + 6 * N, value, mask=exists)
 
 
 @triton.jit
@@ -307,10 +323,26 @@ def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
 
 
 @triton.jit
-def gradient_of(exps, cols, target, k, row_sum):
+def gradient_of(exps, cols, label, k, row_sum):
     """k exp(z_j - lse) for the other classes and -k for the label; 0 for rows with k = 0, whose exps must be finite."""
     share = k / tl.where(k == 0.0, 1.0, row_sum)
-    return tl.where(cols[None, :] == target[:, None], -k[:, None], exps * share[:, None])
+    return tl.where(cols[None, :] == label, -k[:, None], exps * share[:, None])
+
+
+@triton.jit
+def gradient_block(logits, base, first, cols, label, k, row_sum):
+    """`gradient_of` the exponentials of a block."""
+    if logits.shape[0] == 1:
+        if has_label(first, label, logits.shape[1]):
+            others = tl.where(cols[None, :] == label, -INF, logits)
+            gradient = gradient_of(exp(others - base[:, None]), cols, label, k, row_sum)
+        else:
+            share = k / tl.where(k == 0.0, 1.0, row_sum)
+            gradient = exp(logits - base[:, None]) * share[:, None]
+        return gradient
+    else:
+        others = tl.where(cols[None, :] == label, -INF, logits)
+        return gradient_of(exp(others - base[:, None]), cols, label, k, row_sum)
 
 
 @triton.jit
