@@ -256,6 +256,7 @@ def compile_case(case: Case, target: GPUTarget):
         "BLOCK_V": launch.block_v,
         "LANES": launch.lanes,
         "STAGES": launch.stages,
+        "TILES": launch.repeat,
         "BLOCK": launch.block_v,
     }
     if not case.weighted:

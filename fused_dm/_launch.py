@@ -11,6 +11,8 @@ TILE = 4096
 NARROW_TILE = 1024
 # Programs of the forward kernel that a multiprocessor holds, and rounds of programs that a split or cut launch fills it with.
 RESIDENT = 8
+# Elements of the rows of a program of the forward kernel.
+ROW_ELEMENTS = 65536
 # One program alone saves a launch, about 2 us, and takes a memory round trip and two reductions, about 1 us, for each tile.
 TILES_ALONE = 4
 # Bytes that an H100 moves while it starts one more launch.
@@ -62,10 +64,15 @@ class Launch(NamedTuple):
     stream: bool = False  # what is read or written is not wanted again: it leaves the L2 cache first
     lanes: int = 1  # parts of a row's statistics that are kept apart until its last block
     stages: int = 1  # blocks on their way at a time
+    repeat: int = 1  # tiles that a program of the forward kernel owns, one after another
 
     def tiles(self, sizes: Sizes) -> int:
         """Tiles of rows; none crosses from one image to the next."""
         return sizes.images * _cdiv(sizes.positions, self.block_n)
+
+    def programs(self, sizes: Sizes) -> int:
+        """Programs for all tiles."""
+        return _cdiv(self.tiles(sizes), self.repeat)
 
     def spans(self, sizes: Sizes) -> int:
         """Programs that share a row."""
@@ -115,7 +122,13 @@ def forward(sizes: Sizes, device: Device) -> Launch:
     if launch.tiles(sizes) * blocks <= TILES_ALONE:
         # A program that has the device for itself gains by more warps, and leaves nobody without.
         return launch._replace(way="alone", num_warps=8)
-    return margin(sizes, device)
+    launch = margin(sizes, device)
+    if launch.way == "tiles":
+        # The arithmetic of a row waits for that of others, as far as that leaves two programs to every place for one.
+        most = launch.tiles(sizes) // (2 * RESIDENT * device.multiprocessors)
+        repeat = min(most, ROW_ELEMENTS // (launch.block_n * launch.span), 128 // launch.block_n)
+        return launch._replace(repeat=1 << max(0, repeat.bit_length() - 1))
+    return launch
 
 
 def margin(sizes: Sizes, device: Device) -> Launch:
@@ -165,3 +178,9 @@ def combining(sizes: Sizes, parts: int) -> Launch:
     width = _power_of_2(parts)
     block_n = max(1, min(128, TILE // width, _power_of_2(sizes.positions)))
     return Launch("tiles", block_n, width, 4, width)
+
+
+def totals(programs: int) -> dict[str, int | bool]:
+    """Of the launch that adds the sums of so many programs: all loaded at once, up to 16 a thread."""
+    block = min(4096, _power_of_2(max(128, programs)))
+    return {"BLOCK": block, "ONE_BLOCK": programs <= block, "num_warps": max(4, min(8, block // 256))}

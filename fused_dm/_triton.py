@@ -199,10 +199,12 @@ def loss_and_rows(
             if out is not None:
                 _gradient(logits, target, buffer, totals, None, ignore_index, out, whole, False, transform)
             return loss, buffer, totals
-        programs = launch.tiles(whole.sizes)
+        programs = launch.programs(whole.sizes)
         partials = logits.new_empty((3, programs), dtype=dtype)
         if out is None:
-            kernels.forward_kernel[(programs,)](**given, partials_ptr=partials, **layout.arguments(launch))
+            kernels.forward_kernel[(programs,)](
+                **given, partials_ptr=partials, TILES=launch.repeat, **layout.arguments(launch)
+            )
         elif programs:
             one_block = launch.span == launch.block_v
             kernels.fused_kernel[(programs,)](
@@ -218,8 +220,7 @@ def loss_and_rows(
             **result,
             P=programs,
             LOSS=given["LOSS"],
-            BLOCK=1024,
-            num_warps=8,
+            **_launch.totals(programs),
             enable_fp_fusion=True,
         )
     return loss, buffer, totals

@@ -13,7 +13,6 @@ from .rows import (
     compared_label,
     in_words,
     load_label,
-    margin_of,
     no_statistics,
     other_classes,
     own_labels,
@@ -21,10 +20,12 @@ from .rows import (
     read_block,
     row_starts,
     row_terms,
+    rows_of_tiles,
     scan_block,
     store_partials,
-    stored_statistics,
-    stored_terms,
+    store_statistics,
+    store_terms,
+    stored_margin,
     with_slope,
 )
 
@@ -36,7 +37,6 @@ def row_statistics(
     target,
     begin,
     end,
-    V,
     active,
     read,
     strides,
@@ -98,6 +98,7 @@ def own_statistics(
     """
     image, position, exists = own_positions(tile, D, BLOCK_N)
     row = image * D + position
+    exists &= row < N
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
     start = row_starts(image, position, strides, UNIT, SPATIAL)
     label_offset = class_offsets(target, strides, UNIT, SPATIAL)
@@ -109,7 +110,6 @@ def own_statistics(
             start,
             target,
             0,
-            V,
             V,
             valid,
             read,
@@ -169,7 +169,6 @@ def split_kernel(
         target,
         begin,
         end,
-        V,
         valid,
         read,
         logits_strides,
@@ -222,10 +221,7 @@ def margin_kernel(
         logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
         UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
     )  # fmt: skip
-    lead, margin = margin_of(label_logit, row_max, row_sum)
-    tl.store(rows_ptr + row, row_max, mask=exists)
-    tl.store(rows_ptr + row + N, row_sum, mask=exists)
-    tl.store(rows_ptr + row + 2 * N.to(tl.int64), lead, mask=exists)
+    margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")), mask=exists)
 
 
@@ -248,44 +244,36 @@ def forward_kernel(
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows and writes their numbers and its share of the batch sums."""
+    """A program owns TILES times BLOCK_N rows and writes their numbers and its share of the batch sums.
+
+    First it finds the statistics of one tile after another, then does the arithmetic of all its rows at once, a row for each
+    thread: what a reduction leaves behind every thread of the row has, and would do the arithmetic of the row again.
+    """
     if SPATIAL:
         D *= UNIT
     else:
         V *= UNIT
-    tile = tl.program_id(0)
+    program = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    row, exists, valid, label_logit, row_max, row_sum = own_statistics(
-        logits_ptr,
-        target_ptr,
-        None,
-        tile,
-        N,
-        V,
-        D,
-        1,
-        logits_strides,
-        ignore_index,
-        dtype,
-        transform_ptr,
-        CAPPED,
-        UNIT,
-        SPATIAL,
-        1,
-        BLOCK_N,
-        BLOCK_V,
-        LANES,
-        STAGES,
-    )
-    margin = stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+    for i in tl.range(0, TILES, num_stages=1):
+        row, exists, _, label_logit, row_max, row_sum = own_statistics(
+            logits_ptr, target_ptr, None, program * TILES + i, N, V, D, 1, logits_strides, ignore_index, dtype, transform_ptr,
+            CAPPED, UNIT, SPATIAL, 1, BLOCK_N, BLOCK_V, LANES, STAGES,
+        )  # fmt: skip
+        store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+    row, exists = rows_of_tiles(program, N, D, TILES, BLOCK_N)
+    _, valid = own_labels(row, exists, target_ptr, ignore_index)
+    tl.debug_barrier()
+    margin = stored_margin(rows_ptr, row, exists, N)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
-    stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
-    store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
+    store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
+    store_partials(partials_ptr, program, tl.num_programs(0), log_weight, sign, value, LOSS)
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -335,9 +323,12 @@ def batch_kernel(
             logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
             UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
         )  # fmt: skip
-        margin = stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+        margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+        if BLOCK_N >= 8:
+            tl.debug_barrier()
+            margin = stored_margin(rows_ptr, row, exists, N)
         log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
-        stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
+        store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
         more_top, more_weights, more_values = batch_sums(log_weight, sign, value, LOSS)
         top, weights, values = fold(top, weights, values, more_top, more_weights, more_values, LOSS)
     store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)

@@ -25,7 +25,9 @@ from .rows import (
     scan_block,
     store_block,
     store_partials,
-    stored_statistics,
+    store_statistics,
+    store_terms,
+    stored_margin,
     stored_terms,
     with_slope,
 )
@@ -102,10 +104,17 @@ def fused_kernel(
         logits, _ = with_slope(raw, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL)
         maxima, sums, exps = scan_block(other_classes(logits, first, cols, label), maxima, sums, LANES, UNIT)
     row_max, row_sum = combined_lanes(maxima, sums, LANES)
-    margin = stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+    margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+    if BLOCK_N >= 8:
+        # What a reduction leaves behind every thread of the row has; so it is a row for each thread.
+        tl.debug_barrier()
+        margin = stored_margin(rows_ptr, row, exists, N)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
-    log_weight, unit = stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
+    store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
+    if BLOCK_N >= 8:
+        tl.debug_barrier()
+        log_weight, unit = stored_terms(rows_ptr, row, exists, N)
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
     active = k != 0.0
     read = in_words_again(read, active, UNIT, SPATIAL)

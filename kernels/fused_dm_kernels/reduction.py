@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .numerics import INF
+from .numerics import INF, exp
+from .rows import finite_max
 
 LOG_FLOOR = tl.constexpr(-18.420680743952367)
 
@@ -61,6 +62,23 @@ def store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dty
 
 
 @triton.jit
+def largest(partials_ptr, at, P):
+    """The largest log weights of programs, as they are loaded, so that a nan is dropped no sooner than by `scales`."""
+    return tl.load(partials_ptr + at, mask=at < P, other=-INF)
+
+
+@triton.jit
+def scaled_sums(tops, base, partials_ptr, at, P, LOSS: tl.constexpr):
+    """Sums of weights and of values of programs relative to exp(base), in fp64."""
+    scale = exp(tops - base).to(tl.float64)
+    weights = tl.load(partials_ptr + at + P, mask=at < P, other=0.0).to(tl.float64)
+    values = tl.load(partials_ptr + at + 2 * P, mask=at < P, other=0.0).to(tl.float64)
+    if LOSS is None:
+        values = rescaled(values, scale)
+    return scale * weights, values
+
+
+@triton.jit
 def totals_kernel(
     partials_ptr,  # (3, P)
     normalizer_ptr,  # () fp64, or None: the sum of weights
@@ -69,25 +87,26 @@ def totals_kernel(
     P,
     LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # P <= BLOCK: everything is loaded at once
 ):
     """One program adds all partial sums in an order that depends on P alone, in fp64."""
     lane = tl.arange(0, BLOCK)
     dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    tops = tl.full([BLOCK], -INF, dtype)
-    for start in range(0, P, BLOCK):
-        at = start + lane
-        tops = tl.maximum(tops, tl.load(partials_ptr + at, mask=at < P, other=-INF), propagate_nan=tl.PropagateNan.ALL)
-    top = tl.max(tops, 0).to(tl.float64)
-    base = tl.where(top == -INF, 0.0, top)
-    weights = tl.zeros([BLOCK], tl.float64)
-    values = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, P, BLOCK):
-        at = start + lane
-        inside = at < P
-        scale = tl.exp(tl.load(partials_ptr + at, mask=inside, other=-INF).to(tl.float64) - base)
-        weights += scale * tl.load(partials_ptr + at + P, mask=inside, other=0.0).to(tl.float64)
-        value = tl.load(partials_ptr + at + 2 * P, mask=inside, other=0.0).to(tl.float64)
-        if LOSS is None:
-            value = rescaled(value, scale)
-        values += value
+    if ONE_BLOCK:
+        tops = largest(partials_ptr, lane, P)
+        top = tl.max(tops, 0)
+        weights, values = scaled_sums(tops, finite_max(top), partials_ptr, lane, P, LOSS)
+    else:
+        tops = tl.full([BLOCK], -INF, dtype)
+        for start in range(0, P, BLOCK):
+            tops = tl.maximum(tops, largest(partials_ptr, start + lane, P))
+        top = tl.max(tops, 0)
+        weights = tl.zeros([BLOCK], tl.float64)
+        values = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, P, BLOCK):
+            at = start + lane
+            more, more_values = scaled_sums(largest(partials_ptr, at, P), finite_max(top), partials_ptr, at, P, LOSS)
+            weights += more
+            values += more_values
+    top = top.to(tl.float64)
     store_totals(top, tl.sum(weights, 0), tl.sum(values, 0), normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)

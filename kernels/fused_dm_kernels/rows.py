@@ -21,6 +21,17 @@ def own_positions(tile, D, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def rows_of_tiles(program, N, D, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows of TILES tiles in a row, and which of them exist."""
+    number = tl.arange(0, TILES * BLOCK_N)
+    tile = program * TILES + number // BLOCK_N
+    tiles = tl.cdiv(D, BLOCK_N)
+    position = (tile % tiles).to(tl.int64) * BLOCK_N + number % BLOCK_N
+    row = (tile // tiles).to(tl.int64) * D + position
+    return row, (position < D) & (row < N)
+
+
+@triton.jit
 def own_labels(row, exists, target_ptr, ignore_index):
     """The rows' labels, and which of them are examples: they exist and are not ignored."""
     target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
@@ -214,49 +225,49 @@ def combined_parts(parts_ptr, row, exists, N, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def margin_of(label_logit, row_max, row_sum):
-    """z_y - max and the margin z_y - log sum_{j != y} exp(z_j); +inf where no other class has a finite logit."""
-    lead = label_logit - finite_max(row_max)
-    return lead, margin_of_lead(lead, row_sum)
-
-
-@triton.jit
-def margin_of_lead(lead, row_sum):
+def margin_of(lead, row_sum):
+    """The margin z_y - log sum_{j != y} exp(z_j) from z_y - max; +inf where no other class has a finite logit."""
     empty = row_sum == 0.0
     log_sum = tl.where(empty, -INF, tl.log(tl.where(empty, 1.0, row_sum)))
     return lead - log_sum
 
 
 @triton.jit
-def stored_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum):
-    """Write the rows' max, sum and lead into the (7, N) buffer; the sum and the lead, a row for each thread.
-
-    What a reduction leaves behind every thread of the row has, and would do the arithmetic of the row again.
-    """
+def store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum):
+    """Write the rows' max, sum and lead, z_y - max, into the first three rows of a buffer; the margin."""
     N = N.to(tl.int64)
     lead = label_logit - finite_max(row_max)
     tl.store(rows_ptr + row, row_max, mask=exists)
     tl.store(rows_ptr + row + N, row_sum, mask=exists)
     tl.store(rows_ptr + row + 2 * N, lead, mask=exists)
-    if row.shape[0] >= 8:
-        tl.debug_barrier()
-        row_sum = tl.load(rows_ptr + row + N, mask=exists, other=1.0)
-        lead = tl.load(rows_ptr + row + 2 * N, mask=exists, other=0.0)
-    return margin_of_lead(lead, row_sum)
+    return margin_of(lead, row_sum)
 
 
 @triton.jit
-def stored_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value):
-    """Write what `row_terms` returns into the (7, N) buffer; log |c w| and the unit, for every thread of the row."""
+def stored_margin(rows_ptr, row, exists, N):
+    """The margin from what `store_statistics` wrote, by this program and before a barrier."""
+    N = N.to(tl.int64)
+    row_sum = tl.load(rows_ptr + row + N, mask=exists, other=1.0)
+    lead = tl.load(rows_ptr + row + 2 * N, mask=exists, other=0.0)
+    return margin_of(lead, row_sum)
+
+
+@triton.jit
+def store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value):
+    """Write what `row_terms` returns into the other four rows of the buffer."""
     N = N.to(tl.int64)
     tl.store(rows_ptr + row + 3 * N, log_weight, mask=exists)
     tl.store(rows_ptr + row + 4 * N, unit, mask=exists)
     tl.store(rows_ptr + row + 5 * N, sign, mask=exists)
     tl.store(rows_ptr + row + 6 * N, value, mask=exists)
-    if row.shape[0] >= 8:
-        tl.debug_barrier()
-        log_weight = tl.load(rows_ptr + row + 3 * N, mask=exists, other=0.0)
-        unit = tl.load(rows_ptr + row + 4 * N, mask=exists, other=0.0)
+
+
+@triton.jit
+def stored_terms(rows_ptr, row, exists, N):
+    """log |c w| and the unit from what `store_terms` wrote, by this program and before a barrier."""
+    N = N.to(tl.int64)
+    log_weight = tl.load(rows_ptr + row + 3 * N, mask=exists, other=0.0)
+    unit = tl.load(rows_ptr + row + 4 * N, mask=exists, other=0.0)
     return log_weight, unit
 
 
