@@ -43,7 +43,7 @@ class Trial:
     def label(self) -> str:
         launch = self.launch
         parts = f"{launch.block_n}x{launch.block_v}, {launch.num_warps} warps, {launch.stages} stages, {launch.lanes} lanes"
-        return f"{launch.way} {parts}, {launch.spans(sizes_of(self.case))} spans"
+        return f"{launch.way} {parts}, {launch.spans(sizes_of(self.case))} spans, {launch.repeat} tiles"
 
 
 def sizes_of(case: Case) -> Sizes:
@@ -59,21 +59,32 @@ def chosen(kernel: str, case: Case) -> Launch:
 def trials(kernel: str, case: Case) -> list[Trial]:
     """The package's choice first, then the others."""
     first, sizes = chosen(kernel, case), sizes_of(case)
-    blocks = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)]
     found = [first]
+
+    def add(rows: int, block_v: int, warps: int, stages: int = 1, repeat: int = 1) -> None:
+        several = rows == 1 and case.classes > block_v and kernel != "gradient"
+        span = -(-first.span // block_v) * block_v
+        if block_v * stages * sizes.itemsize <= 200_000:
+            found.append(
+                Launch(first.way, rows, block_v, warps, span, first.stream, 32 * warps if several else 1, stages, repeat)
+            )
+
     if case.classes > 4096:
+        blocks = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)]
         for block_v, warps in blocks + ([(32768, 16), (32768, 32)] if kernel == "fused" else []):
-            lanes = 32 * warps if case.classes > block_v and kernel != "gradient" else 1
-            for at_a_time, stages in [(lanes, 1), (lanes, 2)] + [(1, 3)] * (kernel == "gradient"):
-                span = -(-first.span // block_v) * block_v
-                if block_v * stages * sizes.itemsize <= 200_000 and (stages == 1 or span > block_v):
-                    found.append(first._replace(block_v=block_v, num_warps=warps, span=span, stages=stages, lanes=at_a_time))
+            for stages in (1, 2, 3) if kernel == "gradient" else (1, 2):
+                if case.classes > block_v or stages == 1:
+                    add(1, block_v, warps, stages)
+            for repeat in (2, 4) if kernel == "forward" and first.way == "tiles" else ():
+                add(1, block_v, warps, 1, repeat)
     else:
         width = _launch._power_of_2(case.classes)
         for elements in (1024, 2048, 4096, 8192):
             for warps in (1, 2, 4, 8):
-                if 8 <= elements // (32 * warps) <= 64 and elements >= width:
-                    found.append(first._replace(block_n=elements // width, block_v=width, span=width, num_warps=warps))
+                if 16 <= elements // (32 * warps) <= 32 and elements >= width:
+                    for repeat in (1, 2, 4, 8, 16) if kernel == "forward" else (1,):
+                        if repeat * elements // width <= 128:
+                            add(elements // width, width, warps, 1, repeat)
     return [Trial(kernel, case, launch) for launch in dict.fromkeys(found)]
 
 
@@ -163,7 +174,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=0.03, help="about so long for each timing")
     parser.add_argument("--budget-s", type=float, default=540, help="start no case after so many seconds")
-    parser.add_argument("--output", type=Path, default=RESULTS / "launch_sweep.json", help="the JSON file; the table goes beside it")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "launch_sweep.json", help="the JSON file; the table goes beside it"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a GPU")

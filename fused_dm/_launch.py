@@ -5,14 +5,14 @@ kernels/README.md has the counts behind the numbers.
 
 from typing import NamedTuple
 
-# Elements that a program of 4 warps holds without spilling, 32 a thread; and of several rows that are loaded one element at
-# a time, where a thread has an element of every row and with each the numbers of that row.
+# The most classes of a row that is one block, and the elements of a block of a longer one.
 TILE = 4096
+# Elements of several rows that are loaded one at a time: a thread has an element of every row, and with each the row's numbers.
 NARROW_TILE = 1024
-# Programs of the forward kernel that a multiprocessor holds, and rounds of programs that a split or cut launch fills it with.
+# Programs of 8 warps that a multiprocessor holds, and rounds of programs that a split or cut launch fills it with.
 RESIDENT = 8
-# Elements of the rows of a program of the forward kernel.
-ROW_ELEMENTS = 65536
+# Elements of the rows of a program of the forward kernel, which does the arithmetic of those rows at once.
+ROW_ELEMENTS = 32768
 # One program alone saves a launch, about 2 us, and takes a memory round trip and two reductions, about 1 us, for each tile.
 TILES_ALONE = 4
 # Bytes that an H100 moves while it starts one more launch.
@@ -24,6 +24,7 @@ class Device(NamedTuple):
 
     multiprocessors: int
     l2_bytes: int  # 0 where it is not known
+    warp: int = 32  # threads
 
 
 # The interpreter stands in for one.
@@ -62,7 +63,7 @@ class Launch(NamedTuple):
     num_warps: int
     span: int  # classes that a program covers: a multiple of block_v, at least V but for "split" and "spans"
     stream: bool = False  # what is read or written is not wanted again: it leaves the L2 cache first
-    lanes: int = 1  # parts of a row's statistics that are kept apart until its last block
+    lanes: int = 1  # parts of a row's statistics that are kept apart until its last block; 1 for a row in one
     stages: int = 1  # blocks on their way at a time
     repeat: int = 1  # tiles that a program of the forward kernel owns, one after another
 
@@ -87,29 +88,33 @@ def _power_of_2(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
 
 
-def _whole(way: str, sizes: Sizes, block_n: int, block_v: int, num_warps: int) -> Launch:
-    # A number for each thread of a row in blocks, so that its threads meet once, not at every block.
-    lanes = 32 * num_warps if block_n == 1 and sizes.classes > block_v else 1
-    return Launch(way, block_n, block_v, num_warps, _cdiv(sizes.classes, block_v) * block_v, lanes=lanes)
-
-
-def tiles(sizes: Sizes) -> Launch:
-    """One block of TILE elements a step: several rows for few classes, one row in blocks for many.
-
-    Where the positions are the adjacent dimension, 128 of them make the segments that a warp reads whole.
-    """
+def _rows(sizes: Sizes, elements: int, per_warp: int) -> Launch:
+    """Several rows whole, of so many elements together; at least one."""
     width = _power_of_2(max(16, sizes.classes))
-    if sizes.spatial:
-        block_n = min(128, _power_of_2(max(16, sizes.positions)))
-        return _whole("tiles", sizes, block_n, min(width, TILE // block_n), 4)
-    block_v = min(width, TILE)
-    elements = NARROW_TILE if not sizes.aligned else TILE // 2 if sizes.itemsize == 8 else TILE
-    return _whole("tiles", sizes, max(1, min(128, elements // block_v)), block_v, 8 if block_v >= 2048 else 4)
+    if sizes.itemsize == 8:
+        elements, per_warp = elements // 2, per_warp // 2
+    if not sizes.aligned:
+        elements, per_warp = min(elements, NARROW_TILE), min(per_warp, NARROW_TILE // 4)
+    block_n = max(1, min(128, elements // width))
+    return Launch("tiles", block_n, width, max(1, min(8, block_n * width // per_warp)), width)
 
 
-def _cut(way: str, sizes: Sizes, programs: int) -> Launch:
+def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: int = 1) -> Launch:
+    """One row in blocks. A number for each thread, so that its threads meet once, not at every block."""
+    span = _cdiv(sizes.classes, block_v) * block_v
+    lanes = device.warp * num_warps if span > block_v else 1
+    return Launch("tiles", 1, block_v, num_warps, span, lanes=lanes, stages=stages if span > block_v else 1)
+
+
+def _spatial(sizes: Sizes) -> Launch:
+    """Where the positions are the adjacent dimension, 128 of them make the segments that a warp reads whole."""
+    block_n = min(128, _power_of_2(max(16, sizes.positions)))
+    block_v = min(_power_of_2(max(16, sizes.classes)), TILE // block_n)
+    return Launch("tiles", block_n, block_v, 4, _cdiv(sizes.classes, block_v) * block_v)
+
+
+def _cut(way: str, launch: Launch, sizes: Sizes, programs: int) -> Launch:
     """Rows cut along the classes into as many spans as it takes for that many programs."""
-    launch = tiles(sizes)
     blocks = _cdiv(sizes.classes, launch.block_v)
     spans = _cdiv(programs, max(1, launch.tiles(sizes)))
     return launch._replace(way=way, span=_cdiv(blocks, min(spans, blocks)) * launch.block_v)
@@ -117,43 +122,62 @@ def _cut(way: str, sizes: Sizes, programs: int) -> Launch:
 
 def forward(sizes: Sizes, device: Device) -> Launch:
     """Of the launch that reads the logits once: alone, tiles or split."""
-    launch = tiles(sizes)
-    blocks = _cdiv(sizes.classes, launch.block_v)
-    if launch.tiles(sizes) * blocks <= TILES_ALONE:
-        # A program that has the device for itself gains by more warps, and leaves nobody without.
-        return launch._replace(way="alone", num_warps=8)
+    if not sizes.spatial and sizes.classes <= TILE:
+        launch = _rows(sizes, TILE, TILE // 8)
+        if launch.tiles(sizes) <= TILES_ALONE:
+            # A program that has the device for itself gains by more warps, and leaves nobody without.
+            return launch._replace(way="alone", num_warps=8)
     launch = margin(sizes, device)
     if launch.way == "tiles":
-        # The arithmetic of a row waits for that of others, as far as that leaves two programs to every place for one.
-        most = launch.tiles(sizes) // (2 * RESIDENT * device.multiprocessors)
-        repeat = min(most, ROW_ELEMENTS // (launch.block_n * launch.span), 128 // launch.block_n)
+        if launch.tiles(sizes) * _cdiv(sizes.classes, launch.block_v) <= TILES_ALONE:
+            return launch._replace(way="alone", num_warps=8, lanes=1)
+        if sizes.spatial:
+            return launch
+        # The arithmetic of a row waits for that of others, as far as that leaves two programs for every place.
+        repeat = launch.tiles(sizes) // (2 * RESIDENT * device.multiprocessors)
+        repeat = min(repeat, ROW_ELEMENTS // (launch.block_n * launch.span), 128 // launch.block_n)
         return launch._replace(repeat=1 << max(0, repeat.bit_length() - 1))
     return launch
 
 
+def tiles(sizes: Sizes, device: Device) -> Launch:
+    """Of a pass over whole rows that leaves numbers of them."""
+    if sizes.spatial:
+        return _spatial(sizes)
+    if sizes.classes <= TILE:
+        return _rows(sizes, 2048 if sizes.classes <= 512 else 1024, 1024)
+    if not sizes.aligned:
+        return _blocks(sizes, device, 2048, 4)
+    few = sizes.rows < device.multiprocessors
+    return _blocks(sizes, device, TILE, 4 if few or sizes.classes <= 65536 else 8)
+
+
 def margin(sizes: Sizes, device: Device) -> Launch:
     """Of the margin's forward, which has no sum over the batch: tiles or split."""
-    launch = tiles(sizes)
+    launch = tiles(sizes, device)
     if launch.tiles(sizes) >= device.multiprocessors or sizes.classes <= launch.block_v:
         return launch
-    return _cut("split", sizes, RESIDENT * device.multiprocessors)
+    return _cut("split", launch, sizes, RESIDENT * device.multiprocessors)
 
 
 def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
-    """Of the single fused kernel, which keeps a block in registers: tiles; or split, for its work in three launches.
+    """Of the single fused kernel: tiles; or split, for its work in three launches.
 
-    A row of up to 64 KiB is read once; longer rows take wide programs, so that few rows are in flight and the second read finds
-    them in L2. More in registers spills, and half as much with a softcap, whose slope is as much again; 8 warps have the
-    registers for that.
+    Rows of more than 64 Ki classes take wide programs, so that few of them are in flight and the second read finds them in L2.
+    A softcap, whose slope is as much again, takes the registers of half a block.
     """
-    launch = tiles(sizes)
-    width = _power_of_2(sizes.classes)
-    if not sizes.spatial and width > TILE:
-        registers = 65536 // sizes.itemsize
-        block_v = width if width <= registers else min(16384, registers)
-        launch = _whole("tiles", sizes, 1, block_v, max(8, min(16, block_v * sizes.itemsize // 2048)))
-        if capped:
-            launch = _whole("tiles", sizes, 1, min(block_v, 2 * TILE), 8)
+    if sizes.spatial:
+        launch = _spatial(sizes)
+    elif sizes.classes <= TILE:
+        launch = _rows(sizes, 2048 if sizes.classes <= 512 else 1024, 512 if sizes.classes <= 1024 else 1024)
+    elif capped:
+        launch = _blocks(sizes, device, min(2 * TILE, 65536 // sizes.itemsize), 8)
+    elif not sizes.aligned:
+        launch = _blocks(sizes, device, 2048, 4, stages=2)
+    elif sizes.classes <= 65536:
+        launch = _blocks(sizes, device, 2 * TILE if sizes.itemsize <= 4 else TILE, 8)
+    else:
+        launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), 16, stages=2)
     programs = launch.tiles(sizes)
     if 0 < programs < device.multiprocessors and sizes.classes > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.
@@ -169,8 +193,16 @@ def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:
 
     `whole_rows` is for launches that are expected to return at once, and so want few programs.
     """
-    launch = tiles(sizes)._replace(way="spans") if whole_rows else _cut("spans", sizes, 2 * RESIDENT * device.multiprocessors)
-    return launch._replace(stream=sizes.bytes > device.l2_bytes)
+    if sizes.spatial:
+        launch = _spatial(sizes)
+    elif sizes.classes <= 2048:
+        launch = _rows(sizes, 1024, 1024)
+    elif sizes.aligned:
+        launch = _blocks(sizes, device, 2048, 4, stages=3)
+    else:
+        launch = _blocks(sizes, device, TILE, 4, stages=2)
+    programs = 1 if whole_rows else 2 * RESIDENT * device.multiprocessors
+    return _cut("spans", launch, sizes, programs)._replace(stream=sizes.bytes > device.l2_bytes)
 
 
 def combining(sizes: Sizes, parts: int) -> Launch:

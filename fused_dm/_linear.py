@@ -61,7 +61,10 @@ def _may_overflow(emphasis: edf.EDF, dtype: torch.dtype, device: torch.device) -
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a linear layer of this input, if it does."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Not every version of the compiler can trace the first question, and what it compiles for has autocast.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

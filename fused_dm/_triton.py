@@ -28,7 +28,7 @@ def _properties(device: torch.device) -> Device:
     found = torch.get_device_module(device).get_device_properties(device)
     # XPU has neither name.
     multiprocessors = found.multi_processor_count if hasattr(found, "multi_processor_count") else found.max_compute_units
-    return Device(multiprocessors, getattr(found, "L2_cache_size", 0))
+    return Device(multiprocessors, getattr(found, "L2_cache_size", 0), getattr(found, "warp_size", 32))
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -202,9 +202,7 @@ def loss_and_rows(
         programs = launch.programs(whole.sizes)
         partials = logits.new_empty((3, programs), dtype=dtype)
         if out is None:
-            kernels.forward_kernel[(programs,)](
-                **given, partials_ptr=partials, TILES=launch.repeat, **layout.arguments(launch)
-            )
+            kernels.forward_kernel[(programs,)](**given, partials_ptr=partials, TILES=launch.repeat, **layout.arguments(launch))
         elif programs:
             one_block = launch.span == launch.block_v
             kernels.fused_kernel[(programs,)](

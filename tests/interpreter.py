@@ -137,10 +137,17 @@ def install() -> None:
         bounds.begin(self.fn.__name__, tensors)
         return launch(self, *arguments, **options)
 
+    # As np.nanmax, but that nan alone is nothing to warn of.
+    reductions, silent = interpreter.ReduceOps.min_max, {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
+
+    def min_max(self, input, val_reduce_op, idx_reduce_op=None):
+        return reductions(self, input, silent.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+
     kind.create_masked_load, kind.create_masked_store = checked_load, checked_store
     kind.cast_impl = kind.create_fp_trunc = kind.create_fp_ext = rounded_cast
     kind.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
     kind.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+    interpreter.ReduceOps.min_max = min_max
     interpreter._implicit_cvt = tagged
     interpreter.GridExecutor.__call__ = named_launch
 

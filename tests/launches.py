@@ -31,39 +31,44 @@ FREE = {
 }
 
 
-def _one_block_each(way, sizes):
-    launch = _launch.tiles(sizes)
+def _one_block_each(way, sizes, device):
+    launch = _launch.tiles(sizes, device)
     return launch._replace(way=way, span=launch.block_v)
 
 
-def _fused_in_blocks(sizes):
-    """Blocks so small that every row of the tests has several."""
-    launch = _launch.tiles(sizes)
+def _small_blocks(sizes, device, way="tiles"):
+    """Blocks so small that every row of the tests has several, each loaded before the one in front of it is worked on."""
+    launch = _launch.tiles(sizes, device)
     block_v = 16
-    return launch._replace(block_v=block_v, span=-(-sizes.classes // block_v) * block_v, stream=True)
+    alone = {} if sizes.spatial else {"block_n": 1, "lanes": 2, "stages": 2}
+    span = -(-sizes.classes // block_v) * block_v
+    return launch._replace(way=way, block_v=block_v, span=span, stream=True, **alone)
 
 
 # How each function of _launch answers, by the launch shape that is to be tried.
 WAYS = {
     "tiles": {
-        "forward": lambda sizes, device: _launch.tiles(sizes),
-        "margin": lambda sizes, device: _launch.tiles(sizes),
-        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes)._replace(stream=True),
+        "forward": lambda sizes, device: _launch.tiles(sizes, device),
+        "margin": lambda sizes, device: _launch.tiles(sizes, device),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(stream=True),
+    },
+    "several tiles": {
+        "forward": lambda sizes, device: _launch.tiles(sizes, device)._replace(repeat=4),
     },
     "alone": {
-        "forward": lambda sizes, device: _launch.tiles(sizes)._replace(way="alone"),
-        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes)._replace(way="alone"),
+        "forward": lambda sizes, device: _launch.tiles(sizes, device)._replace(way="alone"),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(way="alone"),
     },
     "split": {
-        "forward": lambda sizes, device: _one_block_each("split", sizes),
-        "margin": lambda sizes, device: _one_block_each("split", sizes),
-        "fused": lambda sizes, device, capped=False: _one_block_each("split", sizes),
-        "gradient": lambda sizes, device, whole_rows=False: _one_block_each("spans", sizes),
+        "forward": lambda sizes, device: _one_block_each("split", sizes, device),
+        "margin": lambda sizes, device: _one_block_each("split", sizes, device),
+        "fused": lambda sizes, device, capped=False: _one_block_each("split", sizes, device),
+        "gradient": lambda sizes, device, whole_rows=False: _one_block_each("spans", sizes, device),
     },
     "small blocks": {
-        "forward": lambda sizes, device: _fused_in_blocks(sizes),
-        "fused": lambda sizes, device, capped=False: _fused_in_blocks(sizes),
-        "gradient": lambda sizes, device, whole_rows=False: _fused_in_blocks(sizes)._replace(way="spans"),
+        "forward": lambda sizes, device: _small_blocks(sizes, device),
+        "fused": lambda sizes, device, capped=False: _small_blocks(sizes, device),
+        "gradient": lambda sizes, device, whole_rows=False: _small_blocks(sizes, device, "spans"),
     },
 }
 

@@ -11,10 +11,10 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
-import torch
-from batches import make
+import torch  # noqa: E402
+from batches import make  # noqa: E402
 
-from fused_dm import dm_loss, edf, linear_dm_loss, margin
+from fused_dm import dm_loss, edf, linear_dm_loss, margin  # noqa: E402
 
 # Rows x classes: several rows a program, aligned and not; a row in blocks; a row in registers; few rows split over programs.
 SHAPES = [(1, 1), (7, 10), (65, 101), (33, 1000), (3, 4097), (140, 9001), (2, 32000), (3, 40000), (2, 300001)]

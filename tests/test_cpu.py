@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from batches import DTYPES, make, run
+from batches import DTYPES, GPU, make, run
 from tolerance import check, expected
 
 import fused_dm
@@ -312,6 +312,7 @@ class TestThreads:
         assert all(torch.equal(alone[i], together[i]) for i in range(4))
 
     @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this platform")
+    @pytest.mark.skipif(GPU, reason="autograd refuses a fork where a GPU has been used")
     def test_after_a_fork(self):
         """A forked child has none of the threads, and OpenMP would wait for them: it works alone."""
         batch = make(101, 90)

@@ -188,9 +188,10 @@ EVERYWHERE = ("cpu", "triton")
 )
 def test_logits_that_cannot_be_overwritten(make_logits, message, impls):
     for impl in impls:
-        logits = make_logits()
+        with torch.device(device_of(impl)):
+            logits = make_logits()
+            target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
         before = logits.detach().clone()
-        target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
         with pytest.raises(ValueError, match=r"inplace=True: .*" + message):
             dm_loss(logits, target, DM, impl=impl, inplace=True)
         assert torch.equal(logits.detach(), before)

@@ -205,14 +205,26 @@ def test_every_tile_covers_its_row_within_the_registers(itemsize, classes, spati
             assert value & (value - 1) == 0
 
 
-def test_a_row_of_64_kib_is_one_block():
-    for itemsize, most in ((2, 32768), (4, 16384)):
-        inside = _launch.fused(Sizes(1, 8192, most, itemsize), H100)
-        beyond = _launch.fused(Sizes(1, 8192, most + 1, itemsize), H100)
-        assert inside.span == inside.block_v == most
-        assert not inside.stream
+def test_a_row_of_one_block_stays_in_registers():
+    for itemsize in (2, 4):
+        inside = _launch.fused(Sizes(1, 8192, 8192, itemsize), H100)
+        beyond = _launch.fused(Sizes(1, 8192, 8192 + 8, itemsize), H100)
+        assert inside.span == inside.block_v == 8192
+        assert (inside.lanes, inside.stages, inside.stream) == (1, 1, False)
         assert beyond.span > beyond.block_v
+        assert beyond.lanes == 32 * beyond.num_warps
         assert beyond.stream
+
+
+def test_rows_share_a_program_only_where_there_are_enough():
+    """Two programs for every place of the device at least, and a row for a thread at most."""
+    for rows, classes in ((4096, 1000), (32768, 2048), (2**20, 10), (2**20, 1000), (8192, 32000)):
+        sizes = Sizes(1, rows, classes, 2)
+        launch = _launch.forward(sizes, H100)
+        assert launch.repeat * launch.block_n <= 128
+        assert launch.repeat == 1 or launch.programs(sizes) >= 2 * _launch.RESIDENT * 132
+        assert launch.programs(sizes) * launch.repeat >= launch.tiles(sizes)
+    assert _launch.forward(Sizes(1, 32768, 2048, 2), H100).repeat == 8
 
 
 def test_a_softcap_halves_what_registers_hold():

@@ -173,10 +173,10 @@ def test_batch_size_is_dynamic(impl):
 
     for rows in (3, 5, 8, 13):
         logits, target = make(rows, 30)
-        leaf = logits.to(device, copy=True).requires_grad_()
-        for tensor in (leaf, target):
+        leaf, labels = logits.to(device, copy=True).requires_grad_(), target.to(device)
+        for tensor in (leaf, labels):
             torch._dynamo.mark_dynamic(tensor, 0)
-        loss = step(leaf, target.to(device))
+        loss = step(leaf, labels)
         loss.backward()
         truth = expected(logits, target, DM)
         output, dlogits = run(impl, logits, target, DM)

@@ -76,8 +76,8 @@ class TestNoHostSync:
         logits, target = (tensor.cuda() for tensor in make(64, 1000))
         leaf = logits.requires_grad_()
         dm_loss(leaf * 1, target, DM, **options).sum().backward()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             dm_loss(leaf * 1, target, DM, **options).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -350,8 +350,8 @@ def test_a_replayed_graph_sees_the_schedule(reduction):
 def test_a_step_does_not_wait_for_the_gpu():
     criterion = criterion_at().cuda()
     schedule = Linear(criterion, steps=4, beta=8)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         schedule.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

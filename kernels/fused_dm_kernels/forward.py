@@ -51,7 +51,7 @@ def row_statistics(
     STAGES: tl.constexpr,
 ):
     """Maximum and sum of exp(z - max) over the classes from begin to end other than the label, in one pass."""
-    label = compared_label(target)
+    label = compared_label(target, LANES)
     maxima, sums = no_statistics(dtype, BLOCK_N, LANES)
     if STAGES == 2:
         cols = begin + tl.arange(0, BLOCK_V)
@@ -65,7 +65,7 @@ def row_statistics(
         else:
             raw = read_block(logits_ptr, start, class_offsets(cols, strides, UNIT, SPATIAL), cols, end, read, "")
         logits, _ = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
-        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label), maxima, sums, LANES, UNIT)
+        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
     return combined_lanes(maxima, sums, LANES)
 
 
@@ -87,6 +87,7 @@ def own_statistics(
     UNIT: tl.constexpr,
     SPATIAL: tl.constexpr,
     PARTS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
@@ -98,7 +99,8 @@ def own_statistics(
     """
     image, position, exists = own_positions(tile, D, BLOCK_N)
     row = image * D + position
-    exists &= row < N
+    if TILES > 1:
+        exists &= row < N
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
     start = row_starts(image, position, strides, UNIT, SPATIAL)
     label_offset = class_offsets(target, strides, UNIT, SPATIAL)
@@ -219,7 +221,7 @@ def margin_kernel(
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, exists, valid, label_logit, row_max, row_sum = own_statistics(
         logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-        UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
+        UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES, STAGES,
     )  # fmt: skip
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")), mask=exists)
@@ -261,17 +263,18 @@ def forward_kernel(
         V *= UNIT
     program = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    eps = tl.load(params_ptr)
     for i in tl.range(0, TILES, num_stages=1):
         row, exists, _, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, None, program * TILES + i, N, V, D, 1, logits_strides, ignore_index, dtype, transform_ptr,
-            CAPPED, UNIT, SPATIAL, 1, BLOCK_N, BLOCK_V, LANES, STAGES,
+            CAPPED, UNIT, SPATIAL, 1, TILES, BLOCK_N, BLOCK_V, LANES, STAGES,
         )  # fmt: skip
         store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     row, exists = rows_of_tiles(program, N, D, TILES, BLOCK_N)
     _, valid = own_labels(row, exists, target_ptr, ignore_index)
     tl.debug_barrier()
     margin = stored_margin(rows_ptr, row, exists, N)
-    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
+    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
     store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     store_partials(partials_ptr, program, tl.num_programs(0), log_weight, sign, value, LOSS)
 
@@ -315,19 +318,20 @@ def batch_kernel(
     else:
         V *= UNIT
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    eps = tl.load(params_ptr)
     top = tl.full([], -INF, tl.float64)
     weights = tl.zeros([], tl.float64)
     values = tl.zeros([], tl.float64)
     for tile in tl.range(0, tiles, num_stages=1):
         row, exists, valid, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-            UNIT, SPATIAL, PARTS, BLOCK_N, BLOCK_V, LANES, STAGES,
+            UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES, STAGES,
         )  # fmt: skip
         margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
         if BLOCK_N >= 8:
             tl.debug_barrier()
             margin = stored_margin(rows_ptr, row, exists, N)
-        log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
+        log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
         store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
         more_top, more_weights, more_values = batch_sums(log_weight, sign, value, LOSS)
         top, weights, values = fold(top, weights, values, more_top, more_weights, more_values, LOSS)

@@ -74,6 +74,8 @@ def fused_kernel(
     KEEP: tl.constexpr = "" if ONE_BLOCK else "evict_last"
     DROP: tl.constexpr = "" if ONE_BLOCK else "evict_first"
     tile = tl.program_id(0)
+    eps = tl.load(params_ptr)
+    divisor = tl.load(normalizer_ptr)
     image, position, exists = own_positions(tile, D, BLOCK_N)
     row = image * D + position
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
@@ -82,7 +84,7 @@ def fused_kernel(
     read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
     label_offset = class_offsets(target, logits_strides, UNIT, SPATIAL)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-    label = compared_label(target)
+    label = compared_label(target, LANES)
     maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
     SIZE: tl.constexpr = UNIT if LANES > 1 else BLOCK_V
     exps = tl.zeros([BLOCK_N, BLOCK_V // (LANES * SIZE), LANES, SIZE], label_logit.dtype)
@@ -102,20 +104,20 @@ def fused_kernel(
         else:
             raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, KEEP)
         logits, _ = with_slope(raw, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL)
-        maxima, sums, exps = scan_block(other_classes(logits, first, cols, label), maxima, sums, LANES, UNIT)
+        maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
     row_max, row_sum = combined_lanes(maxima, sums, LANES)
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     if BLOCK_N >= 8:
         # What a reduction leaves behind every thread of the row has; so it is a row for each thread.
         tl.debug_barrier()
         margin = stored_margin(rows_ptr, row, exists, N)
-    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT, LOSS)
+    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
     store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
     store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     if BLOCK_N >= 8:
         tl.debug_barrier()
         log_weight, unit = stored_terms(rows_ptr, row, exists, N)
-    k = coefficient(1.0, log_weight, unit, row_sum, 0.0, tl.load(normalizer_ptr).to(row_sum.dtype))
+    k = coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(row_sum.dtype))
     active = k != 0.0
     read = in_words_again(read, active, UNIT, SPATIAL)
     exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES), 0.0)
@@ -133,7 +135,7 @@ def fused_kernel(
         _, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
         gradient *= slope
     store_block(dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, V, exists, DROP)
-    base = tl.where(active, finite_max(row_max), 0.0)
+    base = finite_max(row_max)
     for done in tl.range(1, blocks, num_stages=STAGES if STAGES > 2 else 1):
         first = (blocks - 1 - done) * BLOCK_V
         cols = first + tl.arange(0, BLOCK_V)
@@ -152,7 +154,7 @@ def fused_kernel(
         else:
             raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, DROP)
         logits, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
-        gradient = gradient_block(logits, base, first, cols, label, k, row_sum) * slope
+        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
         store_block(
             dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, V, exists, DROP
         )

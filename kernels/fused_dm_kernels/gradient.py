@@ -89,8 +89,8 @@ def gradient_kernel(
         read = in_words(unit != 0.0, units_ptr.to(bits, bitcast=True), row, exists, 0, UNIT, SPATIAL)
     active = valid & (k != 0.0)
     read = in_words_again(read, active, UNIT, SPATIAL)
-    base = tl.where(active, finite_max(row_max), 0.0)
-    label = compared_label(target)
+    base = finite_max(row_max)
+    label = compared_label(target, LANES)
     if STAGES == 2:
         cols = begin + tl.arange(0, BLOCK_V)
         ahead = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, end, read, DROP)
@@ -105,7 +105,7 @@ def gradient_kernel(
         else:
             raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, end, read, DROP)
         logits, slope = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
-        gradient = gradient_block(logits, base, first, cols, label, k, row_sum) * slope
+        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
         store_block(
             dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, end, exists, DROP
         )

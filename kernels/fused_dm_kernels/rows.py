@@ -141,10 +141,10 @@ def finite_max(row_max):
 
 
 @triton.jit
-def compared_label(target):
-    """The labels as they are compared with classes: a number for a row alone, else (BLOCK_N, 1). 32 bits: no class has more."""
+def compared_label(target, LANES: tl.constexpr):
+    """The labels as they are compared with classes: a number for a row in blocks, else (BLOCK_N, 1). No class needs 64 bits."""
     label = target.to(tl.int32)
-    if target.shape[0] == 1:
+    if LANES > 1:
         return tl.max(label, 0)
     else:
         return label[:, None]
@@ -157,9 +157,9 @@ def has_label(first, label, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def other_classes(logits, first, cols, label):
-    """The block with -inf at the label; a row alone is compared in the block that has it, and in no other."""
-    if logits.shape[0] == 1:
+def other_classes(logits, first, cols, label, LANES: tl.constexpr):
+    """The block with -inf at the label; a row in blocks is compared in the block that has it, and in no other."""
+    if LANES > 1:
         if has_label(first, label, logits.shape[1]):
             logits = tl.where(cols[None, :] == label, -INF, logits)
         return logits
@@ -272,14 +272,14 @@ def stored_terms(rows_ptr, row, exists, N):
 
 
 @triton.jit
-def row_terms(margin, valid, row, weight_ptr, params_ptr, LOG_WEIGHT: tl.constexpr, LOSS: tl.constexpr):
+def row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT: tl.constexpr, LOSS: tl.constexpr):
     """log |c w|, sign of c, unit = sign q / (2 q + eps), and value = c f(p), or -log p for a family without f.
 
-    c is the row's weight (1 where weight_ptr is None); params_ptr holds eps, then the family's parameters. An ignored
-    row has -inf, 0, 0, 0.
+    c is the row's weight (1 where weight_ptr is None); params_ptr holds eps, then the family's parameters. eps is loaded
+    before the logits, so that the parameters beside it are near by now. An ignored row has -inf, 0, 0, 0.
     """
     q, log_p, log_q = sigmoids(margin)
-    eps = tl.load(params_ptr).to(margin.dtype)
+    eps = eps.to(margin.dtype)
     floor_p = tl.maximum(log_p, -1e30)
     floor_q = tl.maximum(log_q, -1e30)
     log_weight = LOG_WEIGHT(floor_p, floor_q, params_ptr + 1)
@@ -341,9 +341,9 @@ def gradient_of(exps, cols, label, k, row_sum):
 
 
 @triton.jit
-def gradient_block(logits, base, first, cols, label, k, row_sum):
-    """`gradient_of` the exponentials of a block."""
-    if logits.shape[0] == 1:
+def gradient_block(logits, base, first, cols, label, k, row_sum, LANES: tl.constexpr):
+    """`gradient_of` the exponentials of a block; the label is looked for as by `other_classes`."""
+    if LANES > 1:
         if has_label(first, label, logits.shape[1]):
             others = tl.where(cols[None, :] == label, -INF, logits)
             gradient = gradient_of(exp(others - base[:, None]), cols, label, k, row_sum)
