@@ -37,7 +37,9 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 # Loads of a block of logits in the kernel's text, and exponentials an element costs over all passes.
 PASSES = {"margin": 1, "forward": 1, "split": 1, "batch": 1, "gradient": 1, "multiply": 1, "fused": 2, "totals": 0}
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
-EXP_PER_ROW = 4
+EXP_PER_ROW = 6
+# And for a part of a row that a thread keeps: rescaling it at a block, and at the end.
+EXP_PER_LANE = 2
 # And those of the EDF: calls of exp, expm1_negative, softplus and log_sum in its log_weight and its f; a log_sum and a softplus
 # of the same difference share theirs.
 EXP_OF_FAMILY = {
@@ -137,6 +139,7 @@ class Row:
     spatial: bool
     combines: bool
     capped: bool
+    lanes: int
     block_n: int
     block_v: int
     warps: int
@@ -159,7 +162,8 @@ class Row:
             found.append(f"{self.stack} bytes of stack")
         if self.kernel == "totals" or self.dtype == "fp64":
             return found
-        walks = self.kernel == "fused" and not (self.one_block or self.spatial) and self.target.startswith("sm_")
+        long = self.classes.isdigit() and int(self.classes) > 65536 and self.aligned and not self.capped
+        walks = self.kernel == "fused" and long and self.target.startswith("sm_")
         if walks and 2 * self.registers * self.warps * 32 <= 65536:
             # Twice as many rows would be in flight, more than L2 holds.
             found.append(f"{self.registers} registers leave room for two programs on a multiprocessor")
@@ -179,7 +183,14 @@ class Row:
             rows = max(rows, vector)
         # A softcap takes the exponentials of a tanh; the fused kernel does it once more, for the slope of its last block.
         per_element = passes + 2 * (passes + (self.kernel == "fused")) if self.capped else passes
-        allowed = per_element * self.elements + (EXP_PER_ROW + EXP_OF_FAMILY[self.family]) * rows
+        per_row = EXP_PER_ROW + EXP_OF_FAMILY[self.family]
+        if self.lanes > 1:
+            # The gradient of the label's block is another branch than that of the others: of the two one is run.
+            per_element += self.kernel in ("gradient", "fused")
+            per_row += EXP_PER_LANE
+        # For AMD the loops come in up to three copies, peeled or unrolled.
+        copies = 3 if self.target.startswith("gfx") else 1
+        allowed = copies * (per_element * self.elements + per_row * rows)
         if self.exps > allowed:
             found.append(f"{self.exps} exponentials for {self.elements} elements, expected at most {allowed}")
         return found
@@ -370,6 +381,7 @@ def measure(case: Case, name: str) -> Row:
         spatial=bool(case.positions),
         combines=bool(case.parts),
         capped="CAPPED" in case.constants,
+        lanes=launch.lanes,
         block_n=launch.block_n,
         block_v=columns,
         warps=launch.num_warps,

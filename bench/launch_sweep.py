@@ -1,7 +1,7 @@
 """How the kernels should be launched, measured on the GPU that is there: `python -m bench.launch_sweep`.
 
-Each kernel is run at other tiles, warps and stages than `fused_dm/_launch.py` chooses, and timed beside that choice and a copy of
-the same logits. All of them are compiled first, by several processes. See bench/README.md.
+Each kernel is run at other tiles, warps and stages than `fused_dm/_launch.py` chooses, and timed beside that choice and a copy
+of the same logits. All of them are compiled first, by several processes. See bench/README.md.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def task(trial: Trial, logits: Tensor, target: Tensor) -> Callable[[Any], Any]:
 
 @contextlib.contextmanager
 def launched(trial: Trial) -> Iterator[None]:
-    with mock.patch.object(_launch, trial.kernel, lambda *arguments, **options: trial.launch):
+    with mock.patch.object(_launch, trial.kernel, return_value=trial.launch):
         yield
 
 

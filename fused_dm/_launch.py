@@ -110,7 +110,7 @@ def _spatial(sizes: Sizes) -> Launch:
     """Where the positions are the adjacent dimension, 128 of them make the segments that a warp reads whole."""
     block_n = min(128, _power_of_2(max(16, sizes.positions)))
     block_v = min(_power_of_2(max(16, sizes.classes)), TILE // block_n)
-    return Launch("tiles", block_n, block_v, 4, _cdiv(sizes.classes, block_v) * block_v)
+    return Launch("tiles", block_n, block_v, 8, _cdiv(sizes.classes, block_v) * block_v)
 
 
 def _cut(way: str, launch: Launch, sizes: Sizes, programs: int) -> Launch:
@@ -175,7 +175,7 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     elif not sizes.aligned:
         launch = _blocks(sizes, device, 2048, 4, stages=2)
     elif sizes.classes <= 65536:
-        launch = _blocks(sizes, device, 2 * TILE if sizes.itemsize <= 4 else TILE, 8)
+        launch = _blocks(sizes, device, *{2: (2 * TILE, 8), 4: (2 * TILE, 16), 8: (TILE, 8)}[sizes.itemsize])
     else:
         launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), 16, stages=2)
     programs = launch.tiles(sizes)

@@ -81,8 +81,6 @@ class _Layout:
             "SPATIAL": self.sizes.spatial,
             "BLOCK_N": launch.block_n,
             "BLOCK_V": launch.block_v,
-            "LANES": launch.lanes,
-            "STAGES": launch.stages,
             "num_warps": launch.num_warps,
             "enable_fp_fusion": True,
         }
@@ -115,6 +113,7 @@ def _split(
         ignore_index=ignore_index,
         **_transform(transform),
         **layout.arguments(launch),
+        LANES=launch.lanes,
     )
     return {"parts_ptr": parts, "parts": spans, "PARTS": triton.next_power_of_2(spans)}
 
@@ -141,6 +140,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor 
                 margin_ptr=margins,
                 N=rows,
                 ignore_index=ignore_index,
+                LANES=launch.lanes,
                 **_transform(transform),
                 **parts,
                 **layout.arguments(launch),
@@ -195,14 +195,17 @@ def loss_and_rows(
                 parts = _split(layout, launch, logits, target, ignore_index, transform)
                 launch = _launch.combining(layout.sizes, parts["parts"])
             tiles = launch.tiles(layout.sizes)
-            kernels.batch_kernel[(1,)](**given, **result, tiles=tiles, **parts, **layout.arguments(launch))
+            lanes = {"LANES": launch.lanes}
+            kernels.batch_kernel[(1,)](**given, **result, tiles=tiles, **parts, **lanes, **layout.arguments(launch))
             if out is not None:
                 _gradient(logits, target, buffer, totals, None, ignore_index, out, whole, False, transform)
             return loss, buffer, totals
         programs = launch.programs(whole.sizes)
         partials = logits.new_empty((3, programs), dtype=dtype)
         if out is None:
-            kernels.forward_kernel[(programs,)](**given, partials_ptr=partials, TILES=launch.repeat, **layout.arguments(launch))
+            kernels.forward_kernel[(programs,)](
+                **given, partials_ptr=partials, TILES=launch.repeat, LANES=launch.lanes, **layout.arguments(launch)
+            )
         elif programs:
             one_block = launch.span == launch.block_v
             kernels.fused_kernel[(programs,)](
@@ -211,6 +214,8 @@ def loss_and_rows(
                 partials_ptr=partials,
                 dlogits_ptr=out,
                 ONE_BLOCK=one_block,
+                LANES=launch.lanes,
+                STAGES=launch.stages,
                 **whole.arguments(launch),
             )
         kernels.totals_kernel[(1,)](
@@ -250,6 +255,8 @@ def _gradient(
         ignore_index=ignore_index,
         SKIP_ONE=skip_one,
         STREAM=launch.stream,
+        LANES=launch.lanes,
+        STAGES=launch.stages,
         **_transform(transform),
         **layout.arguments(launch),
     )

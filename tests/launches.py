@@ -54,6 +54,7 @@ WAYS = {
     },
     "several tiles": {
         "forward": lambda sizes, device: _launch.tiles(sizes, device)._replace(repeat=4),
+        "totals": lambda programs: {"BLOCK": 2, "ONE_BLOCK": programs <= 2, "num_warps": 4},
     },
     "alone": {
         "forward": lambda sizes, device: _launch.tiles(sizes, device)._replace(way="alone"),

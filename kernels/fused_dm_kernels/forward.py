@@ -48,22 +48,13 @@ def row_statistics(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Maximum and sum of exp(z - max) over the classes from begin to end other than the label, in one pass."""
     label = compared_label(target, LANES)
     maxima, sums = no_statistics(dtype, BLOCK_N, LANES)
-    if STAGES == 2:
-        cols = begin + tl.arange(0, BLOCK_V)
-        ahead = read_block(logits_ptr, start, class_offsets(cols, strides, UNIT, SPATIAL), cols, end, read, "")
-    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES if STAGES > 2 else 1):
+    for first in tl.range(begin, end, BLOCK_V, num_stages=1):
         cols = first + tl.arange(0, BLOCK_V)
-        if STAGES == 2:
-            raw = ahead
-            following = cols + BLOCK_V
-            ahead = read_block(logits_ptr, start, class_offsets(following, strides, UNIT, SPATIAL), following, end, read, "")
-        else:
-            raw = read_block(logits_ptr, start, class_offsets(cols, strides, UNIT, SPATIAL), cols, end, read, "")
+        raw = read_block(logits_ptr, start, cols, end, read, strides, UNIT, SPATIAL, "")
         logits, _ = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
         maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
     return combined_lanes(maxima, sums, LANES)
@@ -91,7 +82,6 @@ def own_statistics(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Row numbers, whether they exist and are examples, and their label's logit, maximum and sum.
 
@@ -124,7 +114,6 @@ def own_statistics(
             BLOCK_N,
             BLOCK_V,
             LANES,
-            STAGES,
         )
     else:
         row_max, row_sum = combined_parts(parts_ptr, row, exists, N, parts, PARTS)
@@ -149,7 +138,6 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows by SPAN classes and writes the rows' statistics over those."""
     if SPATIAL:
@@ -182,7 +170,6 @@ def split_kernel(
         BLOCK_N,
         BLOCK_V,
         LANES,
-        STAGES,
     )
     N = N.to(tl.int64)
     tl.store(parts_ptr + part * N + row, row_max, mask=exists)
@@ -210,7 +197,6 @@ def margin_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their margin and statistics; an ignored row has margin nan."""
     if SPATIAL:
@@ -221,7 +207,7 @@ def margin_kernel(
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, exists, valid, label_logit, row_max, row_sum = own_statistics(
         logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-        UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES, STAGES,
+        UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
     )  # fmt: skip
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")), mask=exists)
@@ -250,7 +236,6 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """A program owns TILES times BLOCK_N rows and writes their numbers and its share of the batch sums.
 
@@ -267,7 +252,7 @@ def forward_kernel(
     for i in tl.range(0, TILES, num_stages=1):
         row, exists, _, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, None, program * TILES + i, N, V, D, 1, logits_strides, ignore_index, dtype, transform_ptr,
-            CAPPED, UNIT, SPATIAL, 1, TILES, BLOCK_N, BLOCK_V, LANES, STAGES,
+            CAPPED, UNIT, SPATIAL, 1, TILES, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
         store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     row, exists = rows_of_tiles(program, N, D, TILES, BLOCK_N)
@@ -307,7 +292,6 @@ def batch_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One program owns the batch, tile after tile: it writes the rows' numbers, the loss and the totals.
 
@@ -325,7 +309,7 @@ def batch_kernel(
     for tile in tl.range(0, tiles, num_stages=1):
         row, exists, valid, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-            UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES, STAGES,
+            UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
         margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
         if BLOCK_N >= 8:

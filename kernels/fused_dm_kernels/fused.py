@@ -59,7 +59,7 @@ def fused_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr,  # 2: a block is read ahead of the one that is worked on
 ):
     """A program owns BLOCK_N rows and writes their numbers, its share of the value, and dlogits for dloss = 1.
 
@@ -90,19 +90,15 @@ def fused_kernel(
     exps = tl.zeros([BLOCK_N, BLOCK_V // (LANES * SIZE), LANES, SIZE], label_logit.dtype)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
     if STAGES == 2:
-        cols = tl.arange(0, BLOCK_V)
-        ahead = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, KEEP)
-    for block in tl.range(0, blocks, num_stages=STAGES if STAGES > 2 else 1):
+        ahead = read_block(logits_ptr, start, tl.arange(0, BLOCK_V), V, read, logits_strides, UNIT, SPATIAL, KEEP)
+    for block in tl.range(0, blocks, num_stages=1):
         first = block * BLOCK_V
         cols = first + tl.arange(0, BLOCK_V)
         if STAGES == 2:
             raw = ahead
-            following = cols + BLOCK_V
-            ahead = read_block(
-                logits_ptr, start, class_offsets(following, logits_strides, UNIT, SPATIAL), following, V, read, KEEP
-            )
+            ahead = read_block(logits_ptr, start, cols + BLOCK_V, V, read, logits_strides, UNIT, SPATIAL, KEEP)
         else:
-            raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, KEEP)
+            raw = read_block(logits_ptr, start, cols, V, read, logits_strides, UNIT, SPATIAL, KEEP)
         logits, _ = with_slope(raw, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL)
         maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
     row_max, row_sum = combined_lanes(maxima, sums, LANES)
@@ -121,40 +117,28 @@ def fused_kernel(
     active = k != 0.0
     read = in_words_again(read, active, UNIT, SPATIAL)
     exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES), 0.0)
-    if STAGES == 2 and not ONE_BLOCK:
-        cols = (blocks - 2) * BLOCK_V + tl.arange(0, BLOCK_V)
-        ahead = read_block(
-            logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read & (blocks > 1), DROP
-        )
     first = (blocks - 1) * BLOCK_V
     cols = first + tl.arange(0, BLOCK_V)
+    if STAGES == 2:
+        more = read & (first > 0)
+        ahead = read_block(logits_ptr, start, cols - BLOCK_V, V, more, logits_strides, UNIT, SPATIAL, DROP)
     gradient = gradient_of(exps, cols, label, k, row_sum)
     if transform_ptr is not None:
         # Read again for the slope rather than kept in registers beside the exponentials.
-        raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, DROP)
+        raw = read_block(logits_ptr, start, cols, V, read, logits_strides, UNIT, SPATIAL, DROP)
         _, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
         gradient *= slope
-    store_block(dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, V, exists, DROP)
+    store_block(dlogits_ptr, out_start, cols, gradient, V, exists, dlogits_strides, UNIT, SPATIAL, DROP)
     base = finite_max(row_max)
-    for done in tl.range(1, blocks, num_stages=STAGES if STAGES > 2 else 1):
+    for done in tl.range(1, blocks, num_stages=1):
         first = (blocks - 1 - done) * BLOCK_V
         cols = first + tl.arange(0, BLOCK_V)
         if STAGES == 2:
             raw = ahead
-            following = cols - BLOCK_V
-            ahead = read_block(
-                logits_ptr,
-                start,
-                class_offsets(following, logits_strides, UNIT, SPATIAL),
-                following,
-                V,
-                read & (first > 0),
-                DROP,
-            )
+            more = read & (first > 0)
+            ahead = read_block(logits_ptr, start, cols - BLOCK_V, V, more, logits_strides, UNIT, SPATIAL, DROP)
         else:
-            raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, V, read, DROP)
+            raw = read_block(logits_ptr, start, cols, V, read, logits_strides, UNIT, SPATIAL, DROP)
         logits, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
         gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
-        store_block(
-            dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, V, exists, DROP
-        )
+        store_block(dlogits_ptr, out_start, cols, gradient, V, exists, dlogits_strides, UNIT, SPATIAL, DROP)

@@ -91,24 +91,20 @@ def gradient_kernel(
     read = in_words_again(read, active, UNIT, SPATIAL)
     base = finite_max(row_max)
     label = compared_label(target, LANES)
+    # Two stages are registers, read one block ahead; three are the compiler's, through shared memory.
     if STAGES == 2:
         cols = begin + tl.arange(0, BLOCK_V)
-        ahead = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, end, read, DROP)
+        ahead = read_block(logits_ptr, start, cols, end, read, logits_strides, UNIT, SPATIAL, DROP)
     for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES if STAGES > 2 else 1):
         cols = first + tl.arange(0, BLOCK_V)
         if STAGES == 2:
             raw = ahead
-            following = cols + BLOCK_V
-            ahead = read_block(
-                logits_ptr, start, class_offsets(following, logits_strides, UNIT, SPATIAL), following, end, read, DROP
-            )
+            ahead = read_block(logits_ptr, start, cols + BLOCK_V, end, read, logits_strides, UNIT, SPATIAL, DROP)
         else:
-            raw = read_block(logits_ptr, start, class_offsets(cols, logits_strides, UNIT, SPATIAL), cols, end, read, DROP)
+            raw = read_block(logits_ptr, start, cols, end, read, logits_strides, UNIT, SPATIAL, DROP)
         logits, slope = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
         gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
-        store_block(
-            dlogits_ptr, out_start, class_offsets(cols, dlogits_strides, UNIT, SPATIAL), cols, gradient, end, exists, DROP
-        )
+        store_block(dlogits_ptr, out_start, cols, gradient, end, exists, dlogits_strides, UNIT, SPATIAL, DROP)
 
 
 @triton.jit(do_not_specialize=["D"])
@@ -123,8 +119,6 @@ def multiply_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    LANES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows by SPAN classes of dlogits and multiplies them by dloss; it does nothing where that is 1."""
     if SPATIAL:
@@ -137,7 +131,7 @@ def multiply_kernel(
     start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
     dloss = tl.load(dloss_ptr)
     end = tl.where(dloss == 1.0, begin, tl.minimum(begin + SPAN, V))
-    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES if STAGES > 2 else 1):
+    for first in range(begin, end, BLOCK_V):
         cols = first + tl.arange(0, BLOCK_V)
         inside = exists[:, None] & (cols < V)[None, :]
         at = dlogits_ptr + start[:, None] + class_offsets(cols, dlogits_strides, UNIT, SPATIAL)[None, :]

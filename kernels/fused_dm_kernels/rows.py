@@ -102,8 +102,19 @@ def transformed(raw, transform_ptr, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def read_block(logits_ptr, start, offset, cols, end, read, EVICT: tl.constexpr):
+def read_block(
+    logits_ptr,
+    start,
+    cols,
+    end,
+    read,
+    strides,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Logits (BLOCK_N, BLOCK_V) as they are, of the rows to read and the classes below end; -inf elsewhere."""
+    offset = class_offsets(cols, strides, UNIT, SPATIAL)
     inside = read[:, None] & (cols < end)[None, :]
     return tl.load(logits_ptr + start[:, None] + offset[None, :], mask=inside, other=-INF, eviction_policy=EVICT)
 
@@ -357,8 +368,20 @@ def gradient_block(logits, base, first, cols, label, k, row_sum, LANES: tl.const
 
 
 @triton.jit
-def store_block(dlogits_ptr, start, offset, cols, gradient, V, exists, EVICT: tl.constexpr):
-    """Write a block of the gradient, rounded once to its dtype."""
-    inside = exists[:, None] & (cols < V)[None, :]
+def store_block(
+    dlogits_ptr,
+    start,
+    cols,
+    gradient,
+    end,
+    exists,
+    strides,
+    UNIT: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Write a block of the gradient, rounded once to its dtype, to the classes below end."""
+    offset = class_offsets(cols, strides, UNIT, SPATIAL)
+    inside = exists[:, None] & (cols < end)[None, :]
     gradient = gradient.to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + start[:, None] + offset[None, :], gradient, mask=inside, eviction_policy=EVICT)
