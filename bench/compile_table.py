@@ -224,7 +224,7 @@ VARIANTS = [
     *(Case("batch", "bf16", 100, family, weighted=True, rows=32) for family in ("dm", "cce")),
     *(Case(kernel, dtype, 128256) for kernel in ("forward", "gradient", "fused") for dtype in ("fp16", "fp64")),
     *(Case("batch", dtype, 100, rows=32) for dtype in ("fp16", "fp64")),
-    *(Case(kernel, "fp64", classes) for kernel in ("forward", "gradient", "fused") for classes in (100, 101)),
+    *(Case(kernel, "fp64", classes) for kernel in ("forward", "gradient", "fused") for classes in (40, 64, 100, 101, 200)),
     Case("batch", "fp64", 10**7, rows=16, parts=66),
     Case("margin", "fp32", 10**7, rows=1, parts=1056),
     *(Case(kernel, "fp64", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -231,14 +232,26 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def host_ms(prepare: Callable[[], Any], run: Callable[[Any], None]) -> float:
+    """Milliseconds until `run` returns: on a GPU, what it takes to put the work there."""
+    found = []
+    for _ in range(3):
+        given = prepare()
+        _synchronize()
+        start = time.perf_counter()
+        run(given)
+        found.append(1e3 * (time.perf_counter() - start))
+    _synchronize()
+    return statistics.median(found)
+
+
 def times(prepare: Callable[[], Any], run: Callable[[Any], None], seconds: float) -> list[float]:
     """Milliseconds of `run(prepare())`, at least five, for about so many seconds in all; only `run` is timed.
 
     On a GPU: by events, after L2 has been overwritten and the device been held up long enough for the host to be ahead of it.
     """
-    for _ in range(2):
-        run(prepare())
-    _synchronize()
+    run(prepare())
+    host = host_ms(prepare, run)
     start = time.perf_counter()
     run(prepare())
     _synchronize()
@@ -256,7 +269,8 @@ def times(prepare: Callable[[], Any], run: Callable[[Any], None], seconds: float
     for _ in range(repeats):
         given = prepare()
         flush.zero_()
-        torch.cuda._sleep(1_000_000)
+        # Twice as long as the host needs, at a clock of at most 2 GHz.
+        torch.cuda._sleep(int(1_000_000 + 4e6 * host))
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run(given)
@@ -331,6 +345,7 @@ def measure(way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float
 
     found["forward_ms"] = spread(times(lambda: logits.clone() if way.overwrites else logits, forward, seconds))
     found["step_ms"] = spread(times(prepare, step, seconds))
+    found["host_ms"] = host_ms(prepare, step)
     found["peak_extra_mib"] = peak_mib(prepare, step)
     # The profiler takes longer than the timing.
     found["launches"] = launches(prepare, step) if way.ours or case.compiled else None
@@ -409,7 +424,7 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float) -> list
                 results["ways"][name] = {"failed": "out of memory"}
             except Exception as error:
                 # A rival that does not take a shape, or a bug of ours, costs its own figures and no others.
-                message = str(error).strip().partition("\n")[0][:200]
+                message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0][:200]
                 results["ways"][name] = {"failed": f"{type(error).__name__}: {message}", "ours": way.ours}
             gc.collect()
             if GPU:
@@ -452,16 +467,17 @@ def table(found: dict[str, Any]) -> str:
             "",
             f"T = {case['copy_bytes'] / 2e6:.1f} MB; a copy runs at {rate:.0f} GB/s.",
             "",
-            "| way | forward, ms | of the limit | step, ms | 20 % - 80 % | of the limit | MiB | launches | of the bound |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| way | forward, ms | of the limit | step, ms | 20 % - 80 % | of the limit | host, ms | MiB | launches | error |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for way, result in case["ways"].items():
             if "failed" in result:
-                lines.append(f"| {way} | {result['failed']} | | | | | | | |")
+                lines.append(f"| {way} | {result['failed']} | | | | | | | | |")
                 continue
             forward, step, peak = result["forward_ms"], result["step_ms"], result["peak_extra_mib"]
             cells = [way, f"{forward['q50']:.3f}", f"{share_of_limit(case, result, 'forward'):.2f}", f"{step['q50']:.3f}"]
             cells += [f"{step['q20']:.3f} - {step['q80']:.3f}", f"{share_of_limit(case, result, 'step'):.2f}"]
+            cells += [f"{result['host_ms']:.3f}"]
             cells += ["" if peak is None else f"{peak:.1f}", "" if result["launches"] is None else str(result["launches"])]
             cells.append(f"{result['error_share']:.2g}")
             lines.append(f"| {' | '.join(cells)} |")

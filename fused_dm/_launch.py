@@ -177,7 +177,7 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     elif sizes.classes <= 65536:
         launch = _blocks(sizes, device, *{2: (2 * TILE, 8), 4: (2 * TILE, 16), 8: (TILE, 8)}[sizes.itemsize])
     else:
-        launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), 16, stages=2)
+        launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), 32, stages=2)
     programs = launch.tiles(sizes)
     if 0 < programs < device.multiprocessors and sizes.classes > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.
