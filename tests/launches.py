@@ -40,9 +40,19 @@ def _small_blocks(sizes, device, way="tiles"):
     """Blocks so small that every row of the tests has several, each loaded before the one in front of it is worked on."""
     launch = _launch.tiles(sizes, device)
     block_v = 16
-    alone = {} if sizes.spatial else {"block_n": 1, "lanes": 2, "stages": 2}
     span = -(-sizes.classes // block_v) * block_v
-    return launch._replace(way=way, block_v=block_v, span=span, stream=True, **alone)
+    return launch._replace(way=way, block_v=block_v, span=span, stream=True, lanes=1, stages=2)
+
+
+def _row_in_blocks(sizes, device, way="tiles"):
+    """A row alone in up to four blocks, its statistics in two lanes."""
+    launch = _launch.tiles(sizes, device)
+    if sizes.spatial:
+        return launch._replace(way=way)
+    block_v = max(16, 1 << (-(-sizes.classes // 4) - 1).bit_length())
+    span = -(-sizes.classes // block_v) * block_v
+    lanes = 2 if span > block_v else 1
+    return launch._replace(way=way, block_n=1, block_v=block_v, span=span, stream=True, lanes=lanes)
 
 
 # How each function of _launch answers, by the launch shape that is to be tried.
@@ -70,6 +80,12 @@ WAYS = {
         "forward": lambda sizes, device: _small_blocks(sizes, device),
         "fused": lambda sizes, device, capped=False: _small_blocks(sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _small_blocks(sizes, device, "spans"),
+    },
+    "rows in blocks": {
+        "forward": lambda sizes, device: _row_in_blocks(sizes, device),
+        "margin": lambda sizes, device: _row_in_blocks(sizes, device),
+        "fused": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
+        "gradient": lambda sizes, device, whole_rows=False: _row_in_blocks(sizes, device, "spans"),
     },
 }
 

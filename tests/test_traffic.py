@@ -23,9 +23,12 @@ pytestmark = pytest.mark.skipif(
 DM = edf.DM(beta=8, lambd=0.5)
 # (N, V): one tile of several rows; part of a block; a block and a rest; what registers hold of 16 bits; three blocks and a rest
 SHAPES = [(70, 10), (3, 1000), (2, 4097), (2, 32768), (2, 3 * 16384 + 7)]
-# Whether the sizes choose the launch shape, or one is forced; the last only where blocks of 16 classes are not thousands.
+# Whether the sizes choose the launch shape, or one is forced: small blocks only where they are not thousands, and rows alone or
+# in tiles by the dozen only where they are few.
 CASES = [(None, shape) for shape in SHAPES]
-CASES += [(way, shape) for way in WAYS for shape in SHAPES if way != "small blocks" or shape[1] < 2000]
+CASES += [(way, shape) for way in ("tiles", "alone", "split") for shape in SHAPES]
+CASES += [("several tiles", (70, 10)), ("small blocks", (70, 10)), ("small blocks", (3, 1000)), ("rows in blocks", (3, 1000))]
+CASES += [("rows in blocks", (2, 4097))]
 # Images whose positions make whole 16 bytes, and some that do not.
 IMAGES = ["images", "odd images", "blocks of classes", "all but the last position", "every other class"]
 
@@ -209,9 +212,10 @@ def uncounted(target, sample_weight):
 @pytest.mark.parametrize("way", [None, *WAYS])
 def test_rows_that_do_not_count_are_not_read_for_their_gradient(options, way):
     """Neither ignored rows nor those with a weight of 0; ignored rows are not read at all."""
-    logits, target = make(70, 200)
+    rows = 30 if way in ("small blocks", "rows in blocks") else 70
+    logits, target = make(rows, 200)
     target[::3] = -100
-    sample_weight = torch.linspace(-1, 1, 70)
+    sample_weight = torch.linspace(-1, 1, rows)
     sample_weight[::5] = 0
     nothing = uncounted(target, sample_weight)
     leaf = logits.requires_grad_()
