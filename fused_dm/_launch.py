@@ -25,10 +25,12 @@ class Device(NamedTuple):
     multiprocessors: int
     l2_bytes: int  # 0 where it is not known
     warp: int = 32  # threads
+    least: int = 0  # elements of a tile of whole rows, where that is more than what is best on a GPU
 
 
-# The interpreter stands in for one.
 H100 = Device(132, 50 << 20)
+# The interpreter stands in for one, with tiles as large as they may be: its time goes by programs.
+INTERPRETER = H100._replace(least=TILE)
 
 
 class Sizes(NamedTuple):
@@ -88,9 +90,10 @@ def _power_of_2(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
 
 
-def _rows(sizes: Sizes, elements: int, per_warp: int) -> Launch:
+def _rows(sizes: Sizes, device: Device, elements: int, per_warp: int) -> Launch:
     """Several rows whole, of so many elements together; at least one."""
     width = _power_of_2(max(16, sizes.classes))
+    elements = max(elements, device.least)
     if sizes.itemsize == 8:
         elements, per_warp = elements // 2, per_warp // 2
     if not sizes.aligned:
@@ -123,7 +126,7 @@ def _cut(way: str, launch: Launch, sizes: Sizes, programs: int) -> Launch:
 def forward(sizes: Sizes, device: Device) -> Launch:
     """Of the launch that reads the logits once: alone, tiles or split."""
     if not sizes.spatial and sizes.classes <= TILE:
-        launch = _rows(sizes, TILE, TILE // 8)
+        launch = _rows(sizes, device, TILE, TILE // 8)
         if launch.tiles(sizes) <= TILES_ALONE:
             # A program that has the device for itself gains by more warps, and leaves nobody without.
             return launch._replace(way="alone", num_warps=8)
@@ -145,7 +148,7 @@ def tiles(sizes: Sizes, device: Device) -> Launch:
     if sizes.spatial:
         return _spatial(sizes)
     if sizes.classes <= TILE:
-        return _rows(sizes, 2048 if sizes.classes <= 512 else 1024, 1024)
+        return _rows(sizes, device, 2048 if sizes.classes <= 512 else 1024, 1024)
     if not sizes.aligned:
         return _blocks(sizes, device, 2048, 4)
     few = sizes.rows < device.multiprocessors
@@ -169,7 +172,7 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     if sizes.spatial:
         launch = _spatial(sizes)
     elif sizes.classes <= TILE:
-        launch = _rows(sizes, 2048 if sizes.classes <= 512 else 1024, 512 if sizes.classes <= 1024 else 1024)
+        launch = _rows(sizes, device, 2048 if sizes.classes <= 512 else 1024, 512 if sizes.classes <= 1024 else 1024)
     elif capped:
         launch = _blocks(sizes, device, min(2 * TILE, 65536 // sizes.itemsize), 8)
     elif not sizes.aligned:
@@ -196,7 +199,7 @@ def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:
     if sizes.spatial:
         launch = _spatial(sizes)
     elif sizes.classes <= 2048:
-        launch = _rows(sizes, 1024, 1024)
+        launch = _rows(sizes, device, 1024, 1024)
     elif sizes.aligned:
         launch = _blocks(sizes, device, 2048, 4, stages=3)
     else:

@@ -24,7 +24,7 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
 @functools.cache
 def _properties(device: torch.device) -> Device:
     if device.type == "cpu":
-        return _launch.H100
+        return _launch.INTERPRETER
     found = torch.get_device_module(device).get_device_properties(device)
     # XPU has neither name.
     multiprocessors = found.multi_processor_count if hasattr(found, "multi_processor_count") else found.max_compute_units

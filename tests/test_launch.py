@@ -114,7 +114,7 @@ def test_every_way_with_transformed_logits(way, reduction, options):
     check(plain, rows.grad, truth)
     names = ("example_weight", "target_prob", "correct")
     flat = output._replace(**{name: getattr(output, name).flatten() for name in names})
-    check(flat, spots.grad.transpose(1, 2).reshape(48, 60), truth)
+    check(flat, spots.grad.transpose(1, 2).reshape(24, 60), truth)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])

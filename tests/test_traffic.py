@@ -59,7 +59,7 @@ def read_again(way, logits):
     """Elements of a row that the single fused kernel, or what goes in its place, reads a second time."""
     layout = _triton._Layout(logits=logits)
     with going(way):
-        launch = _launch.fused(layout.sizes, _launch.H100)
+        launch = _launch.fused(layout.sizes, _launch.INTERPRETER)
     if launch.way in ("alone", "split"):
         return layout.sizes.classes
     # The last block stays in registers.
