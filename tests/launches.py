@@ -89,6 +89,9 @@ WAYS = {
     },
 }
 
+# Those that differ in what is launched, and not within a kernel.
+KINDS = ["tiles", "alone", "split", "small blocks"]
+
 
 @contextlib.contextmanager
 def forced(way):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from batches import GPU, SHAPES, device_of, make, run
-from launches import WAYS, counted_launches, forced
+from launches import KINDS, WAYS, counted_launches, forced
 from tolerance import check, expected
 
 from fused_dm import _launch, _rows, _triton, dm_loss, edf, margin
@@ -31,7 +31,7 @@ def test_every_way_on_every_shape(way, reduction, shape):
         check(*run("triton", logits, target, DM, torch.tensor(1.5), reduction=reduction), truth)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", KINDS)
 @pytest.mark.parametrize("emphasis", [DM, edf.CCE(), custom], ids=["dm", "cce", "custom"])
 @pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
@@ -69,7 +69,7 @@ def test_nan_and_extremes_go_every_way(way, reduction):
         assert not dlogits[[0, 2, 4]].isnan().any()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", KINDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_way_repeats_to_the_bit(way, reduction):
     logits, target = make(7, 300, torch.bfloat16, ignored=0.2)
@@ -95,7 +95,7 @@ def test_every_way_in_place(way, dloss, reduction):
     check(output, leaf.grad, truth)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", KINDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("options", [{"softcap": 20.0}, {"logit_scale": 0.5}], ids=str)
 def test_every_way_with_transformed_logits(way, reduction, options):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from batches import GPU, make
 from interpreter import counted
-from launches import WAYS, forced
+from launches import KINDS, WAYS, forced
 from test_layouts import laid_out
 
 from fused_dm import _launch, _triton, dm_loss, edf, margin
@@ -172,7 +172,7 @@ def test_margin(way, shape):
 
 
 @pytest.mark.parametrize("layout", IMAGES)
-@pytest.mark.parametrize("way", [None, *WAYS])
+@pytest.mark.parametrize("way", [None, *KINDS])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_images(layout, way, inplace):
     """(N, V, d1, ...): as rows, and no lane touches what lies between."""

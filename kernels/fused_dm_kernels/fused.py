@@ -15,6 +15,7 @@ from .rows import (
     in_words,
     in_words_again,
     load_label,
+    no_exps,
     no_statistics,
     other_classes,
     own_labels,
@@ -86,8 +87,7 @@ def fused_kernel(
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
     label = compared_label(target, LANES)
     maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
-    SIZE: tl.constexpr = UNIT if LANES > 1 else BLOCK_V
-    exps = tl.zeros([BLOCK_N, BLOCK_V // (LANES * SIZE), LANES, SIZE], label_logit.dtype)
+    exps = no_exps(label_logit.dtype, BLOCK_N, BLOCK_V, LANES, UNIT)
     blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
     if STAGES == 2:
         ahead = read_block(logits_ptr, start, tl.arange(0, BLOCK_V), V, read, logits_strides, UNIT, SPATIAL, KEEP)

@@ -181,31 +181,50 @@ def other_classes(logits, first, cols, label, LANES: tl.constexpr):
 @triton.jit
 def no_statistics(dtype, BLOCK_N: tl.constexpr, LANES: tl.constexpr):
     """Maxima and sums of nothing, for `scan_block`."""
-    return tl.full([BLOCK_N, LANES], -INF, dtype), tl.zeros([BLOCK_N, LANES], dtype)
+    if LANES > 1:
+        return tl.full([BLOCK_N, LANES], -INF, dtype), tl.zeros([BLOCK_N, LANES], dtype)
+    else:
+        return tl.full([BLOCK_N], -INF, dtype), tl.zeros([BLOCK_N], dtype)
+
+
+@triton.jit
+def no_exps(dtype, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr):
+    """Exponentials of nothing, of the shape of those of `scan_block`."""
+    if LANES > 1:
+        return tl.zeros([BLOCK_N, BLOCK_V // (LANES * UNIT), LANES, UNIT], dtype)
+    else:
+        return tl.zeros([BLOCK_N, BLOCK_V], dtype)
 
 
 @triton.jit
 def scan_block(others, maxima, sums, LANES: tl.constexpr, UNIT: tl.constexpr):
     """Fold a block of other classes into their maxima and sums of exp(z - max); also the block's exp(z - max).
 
-    A row's statistics are kept in LANES parts (BLOCK_N, LANES), each of every LANES-th group of UNIT classes: with one for
-    each thread nothing passes between threads until `combined_lanes`. The exponentials are (BLOCK_N, groups, LANES, UNIT).
+    A row's statistics are one number each, or kept in LANES parts (BLOCK_N, LANES), each of every LANES-th group of UNIT
+    classes: with one for each thread nothing passes between threads until `combined_lanes`. The exponentials are then
+    (BLOCK_N, groups, LANES, UNIT).
     """
-    SIZE: tl.constexpr = UNIT if LANES > 1 else others.shape[1]
-    parts = tl.reshape(others, [others.shape[0], others.shape[1] // (LANES * SIZE), LANES, SIZE])
-    new_maxima = tl.maximum(maxima, tl.max(tl.max(parts, 3), 1))
-    base = finite_max(new_maxima)
-    exps = exp(parts - base[:, None, :, None])
-    return new_maxima, sums * exp(maxima - base) + tl.sum(tl.sum(exps, 3), 1), exps
+    if LANES > 1:
+        groups: tl.constexpr = others.shape[1] // (LANES * UNIT)
+        parts = tl.reshape(others, [others.shape[0], groups, LANES, UNIT])
+        new_maxima = tl.maximum(maxima, tl.max(tl.max(parts, 3), 1))
+        base = finite_max(new_maxima)
+        exps = exp(parts - base[:, None, :, None])
+        return new_maxima, sums * exp(maxima - base) + tl.sum(tl.sum(exps, 3), 1), exps
+    else:
+        new_maxima = tl.maximum(maxima, tl.max(others, 1))
+        base = finite_max(new_maxima)
+        exps = exp(others - base[:, None])
+        return new_maxima, sums * exp(maxima - base) + tl.sum(exps, 1), exps
 
 
 @triton.jit
 def combined_lanes(maxima, sums, LANES: tl.constexpr):
     """Maximum and sum of each row from those of its lanes."""
-    if LANES == 1:
-        return tl.reshape(maxima, [maxima.shape[0]]), tl.reshape(sums, [sums.shape[0]])
-    else:
+    if LANES > 1:
         return combine(maxima, sums, 1)
+    else:
+        return maxima, sums
 
 
 @triton.jit
@@ -213,8 +232,9 @@ def exps_of_rows(exps, maxima, row_max, BLOCK_V: tl.constexpr, LANES: tl.constex
     """The exponentials of `scan_block` (BLOCK_N, BLOCK_V), relative to the rows' maxima."""
     if LANES > 1:
         change = tl.where(maxima == -INF, 0.0, exp(maxima - finite_max(row_max)[:, None]))
-        exps *= change[:, None, :, None]
-    return tl.reshape(exps, [exps.shape[0], BLOCK_V])
+        return tl.reshape(exps * change[:, None, :, None], [exps.shape[0], BLOCK_V])
+    else:
+        return exps
 
 
 @triton.jit
