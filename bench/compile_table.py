@@ -431,13 +431,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--target", default="", help="targets whose name contains this")
+    parser.add_argument("--main", action="store_true", help="leave out the variants: every family, dtype and option")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
     wanted = [
-        number for number, (case, target) in enumerate(PAIRS) if arguments.only in case.kernel and arguments.target in target
+        number
+        for number, (case, target) in enumerate(PAIRS)
+        if arguments.only in case.kernel and arguments.target in target and not (arguments.main and case in VARIANTS)
     ]
     with ProcessPoolExecutor(arguments.processes) as pool:
         rows = list(pool.map(_measure_number, wanted))
