@@ -271,7 +271,7 @@ STEPS = {
     "small": ((128, 100), {}, ["batch", "gradient"]),
     "one program's most": ((512, 12), {}, ["batch", "gradient"]),
     "few classes": ((2000, 10), {}, ["forward", "totals", "gradient"]),
-    "a block": ((132, 4096), {}, ["forward", "totals", "gradient"]),
+    "a block": ((5, 4096), {}, ["forward", "totals", "gradient"]),
     "few rows": ((3, 20000), {}, ["split", "batch", "gradient"]),
     "sum": ((540, 200), {"reduction": "sum"}, ["forward", "totals", "gradient"]),
     "known": ((540, 200), {"reduction": "sum", "normalizer": torch.tensor(3.0)}, ["fused", "totals", "gradient"]),
