@@ -431,7 +431,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--target", default="", help="targets whose name contains this")
-    parser.add_argument("--main", action="store_true", help="leave out the variants: every family, dtype and option")
+    parser.add_argument(
+        "--main", action="store_true", help="leave out the variants of dtypes and options, and families but for forward"
+    )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
@@ -440,7 +442,9 @@ def main() -> int:
     wanted = [
         number
         for number, (case, target) in enumerate(PAIRS)
-        if arguments.only in case.kernel and arguments.target in target and not (arguments.main and case in VARIANTS)
+        if arguments.only in case.kernel
+        and arguments.target in target
+        and not (arguments.main and case in VARIANTS and not (case.kernel == "forward" and case.weighted))
     ]
     with ProcessPoolExecutor(arguments.processes) as pool:
         rows = list(pool.map(_measure_number, wanted))

@@ -4,7 +4,7 @@ from fuzz import CASES, OPTIONS, run_case
 from hypothesis import given, settings
 
 
-@settings(max_examples=150, derandomize=True, **OPTIONS)
+@settings(max_examples=80, derandomize=True, **OPTIONS)
 @given(CASES)
 def test_drawn_calls(case):
     run_case(case)
