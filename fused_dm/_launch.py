@@ -125,22 +125,22 @@ def _cut(way: str, launch: Launch, sizes: Sizes, programs: int) -> Launch:
 
 def forward(sizes: Sizes, device: Device) -> Launch:
     """Of the launch that reads the logits once: alone, tiles or split."""
-    if not sizes.spatial and sizes.classes <= TILE:
+    if sizes.spatial:
+        launch = _spatial(sizes)
+    elif sizes.classes <= TILE:
         launch = _rows(sizes, device, TILE, TILE // 8)
-        if launch.tiles(sizes) <= TILES_ALONE:
-            # A program that has the device for itself gains by more warps, and leaves nobody without.
-            return launch._replace(way="alone", num_warps=8)
+    else:
+        launch = _blocks(sizes, device, TILE, 8)
+    if launch.tiles(sizes) * _cdiv(sizes.classes, launch.block_v) <= TILES_ALONE:
+        # A program that has the device for itself gains by more warps, and leaves nobody without.
+        return launch._replace(way="alone", num_warps=8)
     launch = margin(sizes, device)
-    if launch.way == "tiles":
-        if launch.tiles(sizes) * _cdiv(sizes.classes, launch.block_v) <= TILES_ALONE:
-            return launch._replace(way="alone", num_warps=8, lanes=1)
-        if sizes.spatial:
-            return launch
-        # The arithmetic of a row waits for that of others, as far as that leaves two programs for every place.
-        repeat = launch.tiles(sizes) // (2 * RESIDENT * device.multiprocessors)
-        repeat = min(repeat, ROW_ELEMENTS // (launch.block_n * launch.span), 128 // launch.block_n)
-        return launch._replace(repeat=1 << max(0, repeat.bit_length() - 1))
-    return launch
+    if launch.way == "split" or sizes.spatial:
+        return launch
+    # The arithmetic of a row waits for that of others, as far as that leaves two programs for every place.
+    repeat = launch.tiles(sizes) // (2 * RESIDENT * device.multiprocessors)
+    repeat = min(repeat, ROW_ELEMENTS // (launch.block_n * launch.span), 128 // launch.block_n)
+    return launch._replace(repeat=1 << max(0, repeat.bit_length() - 1))
 
 
 def tiles(sizes: Sizes, device: Device) -> Launch:

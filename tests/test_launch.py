@@ -183,6 +183,10 @@ def test_a_small_batch_is_one_programs():
     assert _launch.forward(Sizes(1, 257, 10, 4, aligned=False), H100).way == "tiles"
     assert _launch.forward(Sizes(1, 4, 4096, 4), H100).way == "alone"
     assert _launch.forward(Sizes(1, 5, 4096, 4), H100).way == "tiles"
+    # Long rows too, as long as they are few blocks.
+    assert _launch.forward(Sizes(1, 1, 16384, 2), H100).way == "alone"
+    assert _launch.forward(Sizes(1, 1, 16385, 2), H100).way == "split"
+    assert _launch.forward(Sizes(1, 2, 8192, 2), H100).way == "alone"
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
