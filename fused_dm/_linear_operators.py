@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _cpu, _linear_blocks
 from ._linear_blocks import How, Layer, Wanted, Weighting, layer_of
+from ._operator import operator
 from ._rows import compute_dtype
 
 
@@ -55,7 +56,7 @@ def _empty(like: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
 # ---- The gradients are accumulated in the forward and scaled in the backward
 
 
-@torch.library.custom_op("fused_dm::linear_gradients", mutates_args=())
+@operator("fused_dm::linear_gradients")
 def linear_gradients(
     input: Tensor,
     weight: Tensor,
@@ -121,13 +122,13 @@ def _(
     )
 
 
-@torch.library.custom_op("fused_dm::linear_scale_", mutates_args={"gradient"})
+@operator("fused_dm::linear_scale_", mutates_args=["gradient"])
 def linear_scale_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply a gradient by its factor ()."""
     _linear_blocks.scaled(gradient, factor, gradient.dtype)
 
 
-@torch.library.custom_op("fused_dm::linear_scaled", mutates_args=())
+@operator("fused_dm::linear_scaled")
 def linear_scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient times its factor (), rounded to another dtype."""
     return _linear_blocks.scaled(gradient, factor, dtype)
@@ -138,7 +139,7 @@ def _(gradient, factor, dtype):
     return torch.empty_like(gradient, dtype=dtype)
 
 
-@torch.library.custom_op("fused_dm::attach_linear_gradients", mutates_args=())
+@operator("fused_dm::attach_linear_gradients")
 def attach_linear_gradients(
     input: Tensor,
     weight: Tensor,
@@ -186,7 +187,7 @@ attach_linear_gradients.register_autograd(_attach_linear_gradients_backward, set
 # ---- The margins, differentiable: the logits are computed again in the backward
 
 
-@torch.library.custom_op("fused_dm::linear_margin", mutates_args=())
+@operator("fused_dm::linear_margin")
 def linear_margin(
     input: Tensor,
     weight: Tensor,
@@ -220,7 +221,7 @@ def _(input, weight, bias, target, ignore_index, dtype, drop, sparse, max_bytes,
     return input.new_empty(rows, dtype=compute), input.new_empty((3, rows), dtype=compute)
 
 
-@torch.library.custom_op("fused_dm::linear_margin_gradients", mutates_args=())
+@operator("fused_dm::linear_margin_gradients")
 def linear_margin_gradients(
     input: Tensor,
     weight: Tensor,

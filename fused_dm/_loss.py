@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _cpu, _operators, _validation
+from ._operator import is_eager
 from ._rows import (
     RowTerms,
     Totals,
@@ -123,8 +123,7 @@ def _eager_on_a_cpu(problem: Problem, margin: Tensor) -> bool:
     """Whether the rows may be shared by threads, and looked at."""
     # A function of the user's is called once, by the thread that called us. A mode that looks at every torch call, such as a
     # tracer's, does not see those of other threads.
-    real = margin.device.type == "cpu" and problem.emphasis.family is not None and not torch.compiler.is_compiling()
-    return real and _get_current_dispatch_mode() is None and not _validation.is_batched(problem.logits)
+    return margin.device.type == "cpu" and problem.emphasis.family is not None and is_eager()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

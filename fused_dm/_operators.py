@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu
+from ._operator import operator
 from ._rows import compute_dtype
 
 
@@ -42,7 +43,7 @@ def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
 # ---- margin: the differentiable operator over the logits
 
 
-@torch.library.custom_op("fused_dm::margin2", mutates_args=())
+@operator("fused_dm::margin2")
 def margin(
     logits: Tensor, target: Tensor, ignore_index: int, impl: str, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def _(logits, target, ignore_index, impl, transform=None):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)
 
 
-@torch.library.custom_op("fused_dm::margin_gradient2", mutates_args=())
+@operator("fused_dm::margin_gradient2")
 def margin_gradient(
     logits: Tensor,
     target: Tensor,
@@ -79,7 +80,7 @@ def _(logits, target, statistics, dmargin, ignore_index, impl, transform=None):
     return torch.empty_like(logits) if impl == "triton" else logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("fused_dm::margin_gradient2_", mutates_args={"logits"})
+@operator("fused_dm::margin_gradient2_", mutates_args=["logits"])
 def margin_gradient_(
     logits: Tensor,
     target: Tensor,
@@ -114,7 +115,7 @@ def _margin_backward(ctx, dmargin, _):
 margin.register_autograd(_margin_backward, setup_context=_margin_setup)
 
 
-@torch.library.custom_op("fused_dm::attach_to_margin", mutates_args=())
+@operator("fused_dm::attach_to_margin")
 def attach_to_margin(margin: Tensor, value: Tensor, coefficient: Tensor) -> Tensor:
     """`value`, () or (N,), with the derivative `coefficient` (N,) by the margins."""
     return value.clone()
@@ -180,7 +181,7 @@ def take(logits: Tensor) -> Tensor:
     return taken
 
 
-@torch.library.custom_op("fused_dm::attach_overwriting2", mutates_args=())
+@operator("fused_dm::attach_overwriting2")
 def attach_overwriting(
     logits: Tensor,
     value: Tensor,
@@ -220,7 +221,7 @@ attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
-@torch.library.custom_op("fused_dm::cpu_direction3", mutates_args=())
+@operator("fused_dm::cpu_direction3")
 def cpu_direction(
     logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,7 +241,7 @@ def _(logits, target, ignore_index, transform=None):
     )
 
 
-@torch.library.custom_op("fused_dm::cpu_direction3_", mutates_args={"logits"})
+@operator("fused_dm::cpu_direction3_", mutates_args=["logits"])
 def cpu_direction_(
     logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +256,7 @@ def _(logits, target, ignore_index, transform=None):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
-@torch.library.custom_op("fused_dm::scale_rows3_", mutates_args={"matrix"})
+@operator("fused_dm::scale_rows3_", mutates_args=["matrix"])
 def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> None:
     """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place."""
     finite = dvalue.dim() == 0 and math.isfinite(dvalue)
@@ -267,7 +268,7 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
     _cpu.scale_rows_(matrix, coefficient / norm)
 
 
-@torch.library.custom_op("fused_dm::attach_direction2", mutates_args=())
+@operator("fused_dm::attach_direction2")
 def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor, norm: Tensor) -> Tensor:
     """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`."""
     return value.clone()
@@ -295,7 +296,7 @@ attach_direction.register_autograd(_attach_direction_backward, setup_context=_at
 # ---- Triton: the fused path
 
 
-@torch.library.custom_op("fused_dm::triton_loss2", mutates_args=())
+@operator("fused_dm::triton_loss2")
 def triton_loss(
     logits: Tensor,
     target: Tensor,
@@ -320,7 +321,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     )
 
 
-@torch.library.custom_op("fused_dm::triton_gradient2", mutates_args=())
+@operator("fused_dm::triton_gradient2")
 def triton_gradient(
     logits: Tensor,
     target: Tensor,
@@ -339,7 +340,7 @@ def _(logits, target, rows, totals, dloss, ignore_index, transform=None):
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("fused_dm::triton_gradient2_", mutates_args={"logits"})
+@operator("fused_dm::triton_gradient2_", mutates_args=["logits"])
 def triton_gradient_(
     logits: Tensor,
     target: Tensor,
@@ -370,7 +371,7 @@ def _triton_loss_backward(ctx, dloss, _, __):
 triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_setup)
 
 
-@torch.library.custom_op("fused_dm::attach_rows2", mutates_args=())
+@operator("fused_dm::attach_rows2")
 def attach_rows(
     logits: Tensor,
     value: Tensor,
@@ -414,7 +415,7 @@ attach_rows.register_autograd(_attach_rows_backward, setup_context=_attach_rows_
 # ---- Triton: the gradient for dloss = 1 is written in the forward
 
 
-@torch.library.custom_op("fused_dm::triton_fused2", mutates_args=())
+@operator("fused_dm::triton_fused2")
 def triton_fused(
     logits: Tensor,
     target: Tensor,
@@ -442,7 +443,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     )
 
 
-@torch.library.custom_op("fused_dm::triton_fused2_", mutates_args={"logits"})
+@operator("fused_dm::triton_fused2_", mutates_args=["logits"])
 def triton_fused_(
     logits: Tensor,
     target: Tensor,
@@ -467,13 +468,13 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     )
 
 
-@torch.library.custom_op("fused_dm::triton_multiply_", mutates_args={"dlogits"})
+@operator("fused_dm::triton_multiply_", mutates_args=["dlogits"])
 def triton_multiply_(dlogits: Tensor, dloss: Tensor) -> None:
     """Multiply dlogits by dloss (); nothing is written where it is 1."""
     _triton().multiply_(dlogits, dloss)
 
 
-@torch.library.custom_op("fused_dm::attach_overwritten", mutates_args=())
+@operator("fused_dm::attach_overwritten")
 def attach_overwritten(logits: Tensor, value: Tensor, dlogits: Tensor) -> Tensor:
     """`value` (), whose gradient by the logits is `dlogits` times its derivative. The logits themselves are gone."""
     return value.clone()
@@ -498,7 +499,7 @@ def _attach_overwritten_backward(ctx, dvalue):
 attach_overwritten.register_autograd(_attach_overwritten_backward, setup_context=_attach_overwritten_setup)
 
 
-@torch.library.custom_op("fused_dm::triton_rescale2_", mutates_args={"dlogits"})
+@operator("fused_dm::triton_rescale2_", mutates_args=["dlogits"])
 def triton_rescale_(
     dlogits: Tensor,
     logits: Tensor,
@@ -513,7 +514,7 @@ def triton_rescale_(
     _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits, skip_one=True, transform=transform)
 
 
-@torch.library.custom_op("fused_dm::attach_gradient2", mutates_args=())
+@operator("fused_dm::attach_gradient2")
 def attach_gradient(
     logits: Tensor,
     value: Tensor,

@@ -1,18 +1,26 @@
-"""Launching the Triton kernels: buffers, strides and arguments. Grids and block sizes are chosen in `_launch`."""
+"""Launching the Triton kernels: buffers, strides and arguments. Grids and block sizes are chosen in `_launch`.
+
+What a call launches follows from the sizes, strides and dtypes of its tensors. It is planned once for each of those, and the
+plan kept: the choice, and Triton's look at every argument of a kernel, take the host longer than the launch.
+"""
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import fused_dm_kernels as kernels
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import _launch
 from ._launch import Device, Launch, Sizes
 from ._rows import compute_dtype
 from .edf._custom import DEVICE_FORMS
+
+# Plans of each kind that are kept.
+PLANS = 1024
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -31,27 +39,54 @@ def _properties(device: torch.device) -> Device:
     return Device(multiprocessors, getattr(found, "L2_cache_size", 0), getattr(found, "warp_size", 32))
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Of image, position and class, of (N, V) or (images, V, D)."""
-    if tensor.dim() == 2:
-        return 0, tensor.stride(0), tensor.stride(1)
-    return tensor.stride(0), tensor.stride(2), tensor.stride(1)
+class _Kernel:
+    """A kernel with its grid and all arguments but the tensors.
+
+    Triton's own launch finds out each time which compilation the arguments ask for. Of what that depends on only the tensors'
+    dtypes and whether they begin at a multiple of 16 bytes can change here, so each compilation is looked up by those.
+    """
+
+    def __init__(self, kernel: Any, programs: int, **fixed: Any) -> None:
+        self._kernel, self._grid, self._fixed = kernel, (programs, 1, 1), fixed
+        self._arguments = [fixed.get(name) for name in kernel.arg_names]
+        self._at = {name: number for number, name in enumerate(kernel.arg_names)}
+        self._compiled: dict[tuple, CompiledKernel] = {}
+
+    def __call__(self, **tensors: Tensor | None) -> None:
+        key = tuple(t is None or (t.dtype, t.data_ptr() % 16 == 0) for t in tensors.values())
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            launched = self._kernel[self._grid](**tensors, **self._fixed)
+            # Other backends look at more of a tensor, and the interpreter compiles nothing.
+            if isinstance(launched, CompiledKernel) and launched.metadata.target.backend == "cuda":
+                self._compiled[key] = launched
+            return
+        arguments = self._arguments.copy()
+        for name, tensor in tensors.items():
+            arguments[self._at[name]] = tensor
+        compiled[self._grid](*arguments)
+
+
+def _strides(stride: tuple[int, ...]) -> tuple[int, int, int]:
+    """Of image, position and class, from those of (N, V) or (images, V, D)."""
+    if len(stride) == 2:
+        return 0, stride[0], stride[1]
+    return stride[0], stride[2], stride[1]
 
 
 class _Layout:
     """Where the elements of the logits, and of other tensors of their shape, lie: sizes, strides and units for a launch."""
 
-    def __init__(self, **tensors: Tensor) -> None:
-        logits = next(iter(tensors.values()))
-        images, classes, positions = logits.shape if logits.dim() == 3 else (1, logits.shape[1], logits.shape[0])
-        strides = {name: _strides(tensor) for name, tensor in tensors.items()}
+    def __init__(self, shape: tuple[int, ...], itemsize: int, **tensors: tuple[int, ...]) -> None:
+        images, classes, positions = shape if len(shape) == 3 else (1, shape[1], shape[0])
+        strides = {name: _strides(stride) for name, stride in tensors.items()}
         if positions == 1 or all(image == positions * position for image, position, _ in strides.values()):
             # The rows of all images are equally far apart: one image.
             if positions == 1:
                 strides = {name: (0, image, of_class) for name, (image, _, of_class) in strides.items()}
             images, positions = 1, images * positions
         spatial = classes > 1 and any(of_class != 1 for _, _, of_class in strides.values())
-        unit = 16 // logits.element_size()
+        unit = 16 // itemsize
         if spatial:
             far = [stride for image, _, of_class in strides.values() for stride in (image, of_class)]
             aligned = positions % unit == 0 and all(position == 1 for _, position, _ in strides.values())
@@ -61,7 +96,7 @@ class _Layout:
         # Elements in 16 bytes if every row, or every class of an image, starts at a multiple of them, so that the compiler may
         # load 128 bits; else 1.
         self.unit = unit if aligned and all(stride % unit == 0 for stride in far) else 1
-        self.sizes = Sizes(images, positions, classes, logits.element_size(), spatial, self.unit > 1)
+        self.sizes = Sizes(images, positions, classes, itemsize, spatial, self.unit > 1)
         self.strides = {f"{name}_strides": self._in_units(of) for name, of in strides.items()}
 
     def _in_units(self, strides: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -86,39 +121,167 @@ class _Layout:
         }
 
 
-def _transform(transform: Tensor | None) -> dict[str, Any]:
-    """Scale and cap of the logits, see `fused_dm._api`, as the kernels take them."""
-    return {"transform_ptr": transform, "CAPPED": transform is not None and transform.shape[0] == 2}
+# ---- Plans
 
 
-def _family(family: str) -> dict:
-    log_weight, loss = kernels.FAMILIES.get(family) or DEVICE_FORMS.get(family, (None, None))
-    if log_weight is None:
-        raise ValueError(f"emphasis: expected a family that is registered in this process, got {family!r}")
-    return {"LOG_WEIGHT": log_weight, "LOSS": loss}
+class _Logits(NamedTuple):
+    """What a plan depends on of the logits, of a tensor of their shape if it has other strides, and of how they are taken."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    out_stride: tuple[int, ...] | None
+    capped: bool
+
+    def layout(self) -> _Layout:
+        strides = {} if self.out_stride is None else {"dlogits": self.out_stride}
+        return _Layout(self.shape, self.dtype.itemsize, logits=self.stride, **strides)
 
 
-def _split(
-    layout: _Layout, launch: Launch, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None
-) -> dict[str, Any]:
-    """One launch that finds the rows' statistics in parts; returns what the next launch combines them by."""
+def _of(logits: Tensor, transform: Tensor | None, out: Tensor | None = None) -> _Logits:
+    capped = transform is not None and transform.shape[0] == 2
+    out_stride = None if out is None else out.stride()
+    return _Logits(logits.device, logits.dtype, logits.shape, logits.stride(), out_stride, capped)
+
+
+class _Split(NamedTuple):
+    """A launch that finds the rows' statistics in parts, and what the next one combines them by."""
+
+    kernel: _Kernel
+    shape: tuple[int, int, int]  # of the parts' buffer
+    combining: Launch
+    parts: dict[str, int]
+
+
+class _Margin(NamedTuple):
+    split: _Split | None
+    kernel: _Kernel
+
+
+class _Batch(NamedTuple):
+    """One launch for the whole batch, after a split one or not, or one of several programs and then their totals."""
+
+    split: _Split | None
+    kernel: _Kernel
+    programs: int  # that leave sums for the totals
+    totals: _Kernel | None
+
+
+NO_PARTS = {"parts": 1, "PARTS": 1}
+
+
+def _split(layout: _Layout, launch: Launch, ignore_index: int, capped: bool) -> _Split:
     sizes, spans = layout.sizes, launch.spans(layout.sizes)
-    parts = logits.new_empty((2, spans, sizes.rows), dtype=compute_dtype(logits.dtype))
-    kernels.split_kernel[(launch.tiles(sizes) * spans,)](
-        logits_ptr=logits,
-        target_ptr=target,
-        parts_ptr=parts,
+    kernel = _Kernel(
+        kernels.split_kernel,
+        launch.tiles(sizes) * spans,
         N=sizes.rows,
         SPAN=launch.span,
         ignore_index=ignore_index,
-        **_transform(transform),
+        CAPPED=capped,
         **layout.arguments(launch),
         LANES=launch.lanes,
     )
-    return {"parts_ptr": parts, "parts": spans, "PARTS": triton.next_power_of_2(spans)}
+    parts = {"parts": spans, "PARTS": triton.next_power_of_2(spans)}
+    return _Split(kernel, (2, spans, sizes.rows), _launch.combining(sizes, spans), parts)
 
 
-NO_PARTS: dict[str, Any] = {"parts_ptr": None, "parts": 1, "PARTS": 1}
+@functools.lru_cache(PLANS)
+def _margin_plan(logits: _Logits, ignore_index: int) -> _Margin:
+    layout, split = logits.layout(), None
+    launch = _launch.margin(layout.sizes, _properties(logits.device))
+    if launch.way == "split":
+        split = _split(layout, launch, ignore_index, logits.capped)
+        launch = split.combining
+    kernel = _Kernel(
+        kernels.margin_kernel,
+        launch.tiles(layout.sizes),
+        N=layout.sizes.rows,
+        ignore_index=ignore_index,
+        LANES=launch.lanes,
+        CAPPED=logits.capped,
+        **(split.parts if split else NO_PARTS),
+        **layout.arguments(launch),
+    )
+    return _Margin(split, kernel)
+
+
+@functools.lru_cache(PLANS)
+def _batch_plan(logits: _Logits, family: str, ignore_index: int) -> _Batch:
+    """Of the loss; with the gradient written too where there is a tensor for it, and the launch is not split."""
+    log_weight, loss = kernels.FAMILIES.get(family) or DEVICE_FORMS.get(family, (None, None))
+    if log_weight is None:
+        raise ValueError(f"emphasis: expected a family that is registered in this process, got {family!r}")
+    fused, device = logits.out_stride is not None, _properties(logits.device)
+    layout = logits.layout()
+    sizes = layout.sizes
+    launch = _launch.fused(sizes, device, logits.capped) if fused else _launch.forward(sizes, device)
+    family_forms = {"LOG_WEIGHT": log_weight, "LOSS": loss}
+    fixed = {"N": sizes.rows, "ignore_index": ignore_index, "CAPPED": logits.capped, **family_forms}
+    if launch.way in ("alone", "split"):
+        layout, split = logits._replace(out_stride=None).layout(), None
+        if launch.way == "split":
+            split = _split(layout, launch, ignore_index, logits.capped)
+            launch = split.combining
+        parts = split.parts if split else NO_PARTS
+        fixed |= {"tiles": launch.tiles(layout.sizes), "LANES": launch.lanes, **parts, **layout.arguments(launch)}
+        return _Batch(split, _Kernel(kernels.batch_kernel, 1, **fixed), 0, None)
+    programs = launch.programs(sizes)
+    fixed |= {"LANES": launch.lanes, **layout.arguments(launch)}
+    if fused:
+        one_block = launch.span == launch.block_v
+        kernel = _Kernel(kernels.fused_kernel, programs, **fixed, ONE_BLOCK=one_block, STAGES=launch.stages)
+    else:
+        kernel = _Kernel(kernels.forward_kernel, programs, **fixed, TILES=launch.repeat)
+    totals = _Kernel(kernels.totals_kernel, 1, P=programs, LOSS=loss, **_launch.totals(programs), enable_fp_fusion=True)
+    return _Batch(None, kernel, programs, totals)
+
+
+@functools.lru_cache(PLANS)
+def _gradient_plan(logits: _Logits, dloss_stride: int, ignore_index: int, skip_one: bool) -> _Kernel:
+    layout = logits.layout()
+    launch = _launch.gradient(layout.sizes, _properties(logits.device), whole_rows=skip_one)
+    return _Kernel(
+        kernels.gradient_kernel,
+        launch.tiles(layout.sizes) * launch.spans(layout.sizes),
+        N=layout.sizes.rows,
+        SPAN=launch.span,
+        dloss_stride=dloss_stride,
+        ignore_index=ignore_index,
+        SKIP_ONE=skip_one,
+        STREAM=launch.stream,
+        LANES=launch.lanes,
+        STAGES=launch.stages,
+        CAPPED=logits.capped,
+        **layout.arguments(launch),
+    )
+
+
+@functools.lru_cache(PLANS)
+def _multiply_plan(dlogits: _Logits) -> _Kernel:
+    layout = _Layout(dlogits.shape, dlogits.dtype.itemsize, dlogits=dlogits.stride)
+    launch = _launch.gradient(layout.sizes, _properties(dlogits.device), whole_rows=True)
+    programs = launch.tiles(layout.sizes) * launch.spans(layout.sizes)
+    return _Kernel(kernels.multiply_kernel, programs, SPAN=launch.span, **layout.arguments(launch))
+
+
+def forget_plans() -> None:
+    """Plan anew, for those who change what `_launch` answers."""
+    for plan in (_margin_plan, _batch_plan, _gradient_plan, _multiply_plan):
+        plan.cache_clear()
+
+
+# ---- Launches
+
+
+def _parts(split: _Split | None, logits: Tensor, target: Tensor, transform: Tensor | None) -> Tensor | None:
+    """The rows' statistics in parts, by one launch; None where they are not found so."""
+    if split is None:
+        return None
+    parts = logits.new_empty(split.shape, dtype=compute_dtype(logits.dtype))
+    split.kernel(logits_ptr=logits, target_ptr=target, parts_ptr=parts, transform_ptr=transform)
+    return parts
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -127,23 +290,15 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor 
     statistics = logits.new_empty((3, rows), dtype=dtype)
     margins = logits.new_empty(rows, dtype=dtype)
     if rows:
-        layout, target = _Layout(logits=logits), target.contiguous()
-        launch, parts = _launch.margin(layout.sizes, _properties(logits.device)), NO_PARTS
+        plan, target = _margin_plan(_of(logits, transform), ignore_index), target.contiguous()
         with _device(logits):
-            if launch.way == "split":
-                parts = _split(layout, launch, logits, target, ignore_index, transform)
-                launch = _launch.combining(layout.sizes, parts["parts"])
-            kernels.margin_kernel[(launch.tiles(layout.sizes),)](
+            plan.kernel(
                 logits_ptr=logits,
                 target_ptr=target,
+                transform_ptr=transform,
+                parts_ptr=_parts(plan.split, logits, target, transform),
                 rows_ptr=statistics,
                 margin_ptr=margins,
-                N=rows,
-                ignore_index=ignore_index,
-                LANES=launch.lanes,
-                **_transform(transform),
-                **parts,
-                **layout.arguments(launch),
             )
     return margins, statistics
 
@@ -163,70 +318,33 @@ def loss_and_rows(
 
     The logits are (N, V) or (images, V, D). One launch or two, and where few rows have many classes one more for `out`.
     """
-    dtype, rows = compute_dtype(logits.dtype), target.shape[0]
-    target = target.contiguous()
-    layout = _Layout(logits=logits)
-    whole = layout if out is None else _Layout(logits=logits, dlogits=out)
-    device = _properties(logits.device)
-    launch = (
-        _launch.forward(layout.sizes, device)
-        if out is None
-        else _launch.fused(whole.sizes, device, _transform(transform)["CAPPED"])
-    )
-    buffer = logits.new_empty((7, rows), dtype=dtype)
+    plan = _batch_plan(_of(logits, transform, out), family, ignore_index)
+    dtype, target = compute_dtype(logits.dtype), target.contiguous()
+    rows = logits.new_empty((7, target.shape[0]), dtype=dtype)
     loss = logits.new_empty((), dtype=dtype)
     totals = logits.new_empty(3, dtype=torch.float64)
     given = {
         "logits_ptr": logits,
         "target_ptr": target,
+        "transform_ptr": transform,
         "weight_ptr": weight,
         "params_ptr": params,
-        "rows_ptr": buffer,
-        "N": rows,
-        "ignore_index": ignore_index,
-        **_transform(transform),
-        **_family(family),
+        "rows_ptr": rows,
     }
     result = {"normalizer_ptr": normalizer, "loss_ptr": loss, "totals_ptr": totals}
     with _device(logits):
-        if launch.way in ("alone", "split"):
-            parts = NO_PARTS
-            if launch.way == "split":
-                parts = _split(layout, launch, logits, target, ignore_index, transform)
-                launch = _launch.combining(layout.sizes, parts["parts"])
-            tiles = launch.tiles(layout.sizes)
-            lanes = {"LANES": launch.lanes}
-            kernels.batch_kernel[(1,)](**given, **result, tiles=tiles, **parts, **lanes, **layout.arguments(launch))
+        if plan.totals is None:
+            plan.kernel(**given, **result, parts_ptr=_parts(plan.split, logits, target, transform))
             if out is not None:
-                _gradient(logits, target, buffer, totals, None, ignore_index, out, whole, False, transform)
-            return loss, buffer, totals
-        programs = launch.programs(whole.sizes)
-        partials = logits.new_empty((3, programs), dtype=dtype)
+                _gradient(logits, target, rows, totals, None, ignore_index, out, transform)
+            return loss, rows, totals
+        partials = logits.new_empty((3, plan.programs), dtype=dtype)
         if out is None:
-            kernels.forward_kernel[(programs,)](
-                **given, partials_ptr=partials, TILES=launch.repeat, LANES=launch.lanes, **layout.arguments(launch)
-            )
-        elif programs:
-            one_block = launch.span == launch.block_v
-            kernels.fused_kernel[(programs,)](
-                **given,
-                normalizer_ptr=normalizer,
-                partials_ptr=partials,
-                dlogits_ptr=out,
-                ONE_BLOCK=one_block,
-                LANES=launch.lanes,
-                STAGES=launch.stages,
-                **whole.arguments(launch),
-            )
-        kernels.totals_kernel[(1,)](
-            partials_ptr=partials,
-            **result,
-            P=programs,
-            LOSS=given["LOSS"],
-            **_launch.totals(programs),
-            enable_fp_fusion=True,
-        )
-    return loss, buffer, totals
+            plan.kernel(**given, partials_ptr=partials)
+        elif plan.programs:
+            plan.kernel(**given, normalizer_ptr=normalizer, partials_ptr=partials, dlogits_ptr=out)
+        plan.totals(partials_ptr=partials, **result)
+    return loss, rows, totals
 
 
 def _gradient(
@@ -237,28 +355,18 @@ def _gradient(
     dloss: Tensor | None,
     ignore_index: int,
     out: Tensor,
-    layout: _Layout,
-    skip_one: bool,
     transform: Tensor | None,
+    skip_one: bool = False,
 ) -> None:
-    launch = _launch.gradient(layout.sizes, _properties(logits.device), whole_rows=skip_one)
-    kernels.gradient_kernel[(launch.tiles(layout.sizes) * launch.spans(layout.sizes),)](
+    dloss_stride = 1 if dloss is not None and dloss.dim() else 0
+    _gradient_plan(_of(logits, transform, out), dloss_stride, ignore_index, skip_one)(
         logits_ptr=logits,
         target_ptr=target,
         rows_ptr=rows,
+        transform_ptr=transform,
         totals_ptr=totals,
         dloss_ptr=dloss,
         dlogits_ptr=out,
-        N=layout.sizes.rows,
-        SPAN=launch.span,
-        dloss_stride=1 if dloss is not None and dloss.dim() else 0,
-        ignore_index=ignore_index,
-        SKIP_ONE=skip_one,
-        STREAM=launch.stream,
-        LANES=launch.lanes,
-        STAGES=launch.stages,
-        **_transform(transform),
-        **layout.arguments(launch),
     )
 
 
@@ -280,29 +388,14 @@ def gradient(
     """
     dlogits = torch.empty_like(logits) if out is None else out
     if logits.numel():
-        layout = _Layout(logits=logits, dlogits=dlogits)
         with _device(logits):
-            _gradient(
-                logits,
-                target.contiguous(),
-                rows,
-                totals,
-                dloss.contiguous(),
-                ignore_index,
-                dlogits,
-                layout,
-                skip_one,
-                transform,
-            )
+            given = (logits, target.contiguous(), rows, totals, dloss.contiguous())
+            _gradient(*given, ignore_index, dlogits, transform, skip_one)
     return dlogits
 
 
 def multiply_(dlogits: Tensor, dloss: Tensor) -> None:
     """Multiply dlogits by dloss (), in place: one launch, whose programs return at once where dloss is 1."""
     if dlogits.numel():
-        layout = _Layout(dlogits=dlogits)
-        launch = _launch.gradient(layout.sizes, _properties(dlogits.device), whole_rows=True)
         with _device(dlogits):
-            kernels.multiply_kernel[(launch.tiles(layout.sizes) * launch.spans(layout.sizes),)](
-                dlogits_ptr=dlogits, dloss_ptr=dloss, SPAN=launch.span, **layout.arguments(launch)
-            )
+            _multiply_plan(_of(dlogits, None))(dlogits_ptr=dlogits, dloss_ptr=dloss)

@@ -99,11 +99,13 @@ def forced(way):
     kept = {name: getattr(_launch, name) for name in WAYS[way]}
     for name, function in WAYS[way].items():
         setattr(_launch, name, function)
+    _triton.forget_plans()
     try:
         yield
     finally:
         for name, function in kept.items():
             setattr(_launch, name, function)
+        _triton.forget_plans()
 
 
 class _Ops(TorchDispatchMode):

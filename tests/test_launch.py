@@ -1,5 +1,10 @@
 """Every launch shape on every shape of batch, what decides between them, and how many launches a training step takes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from batches import GPU, SHAPES, device_of, make, run
@@ -334,3 +339,13 @@ def test_margin_is_one_launch_or_two():
         with counted_launches() as found:
             margin(logits, target, impl="triton")
         assert found.kernels == kernels
+
+
+def test_a_kept_plan_launches_what_triton_would():
+    tests = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    places = [str(tests.parent), str(tests.parent / "kernels"), str(tests), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    command = [sys.executable, "-W", "error", str(tests / "relaunch.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -496,7 +496,7 @@ def operators(dtype, impl):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(impl, dtype):
     for operator, args in operators(dtype, impl):
-        torch.library.opcheck(operator, args)
+        torch.library.opcheck(operator.definition, args)
 
 
 # ---- Emphasis-sparse backward

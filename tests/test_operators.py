@@ -1,9 +1,12 @@
 """The operators as torch sees them: opcheck, compilation, autocast, a second backward, a schedule without recompiling."""
 
+import contextlib
+
 import pytest
 import torch
 from batches import DTYPES, GPU, device_of, make, run
 from tolerance import check, expected
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dm import DMLoss, _operators, dm_loss, edf
 
@@ -66,7 +69,36 @@ def test_opcheck(impl, dtype, shape):
     # The operators that consume a buffer in their backward are right only once; opcheck runs some backwards more often on
     # the same arguments, but always from a forward of its own.
     for operator, args in operators(dtype, impl, **shape):
-        torch.library.opcheck(operator, args)
+        torch.library.opcheck(operator.definition, args)
+
+
+class _Seen(TorchDispatchMode):
+    """A mode that looks at every torch call."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean"}, {"reduction": "none"}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operators_called_directly_and_by_the_dispatcher_agree(impl, options, dtype):
+    logits, target = make(6, 20, dtype, ignored=0.2)
+    found, seen = [], _Seen()
+    for mode in (contextlib.nullcontext(), seen):
+        leaf = logits.to(device_of(impl), copy=True).requires_grad_()
+        with mode:
+            loss = dm_loss(leaf * 1, target.to(leaf.device), DM, impl=impl, **options)
+            loss.backward(torch.full_like(loss, 3))
+        found.append((loss, leaf.grad))
+    assert any(name.startswith("fused_dm::") for name in seen.names)
+    for direct, dispatched in zip(*found, strict=True):
+        assert torch.equal(direct, dispatched)
 
 
 @pytest.fixture
