@@ -35,7 +35,17 @@ TARGETS = {
 }
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 # Loads of a block of logits in the kernel's text, and exponentials an element costs over all passes.
-PASSES = {"margin": 1, "forward": 1, "split": 1, "batch": 1, "gradient": 1, "multiply": 1, "fused": 2, "totals": 0}
+PASSES = {
+    "margin": 1,
+    "forward": 1,
+    "split": 1,
+    "batch": 1,
+    "gradient": 1,
+    "multiply": 1,
+    "fused": 2,
+    "pipelined": 2,
+    "totals": 0,
+}
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
 EXP_PER_ROW = 6
 # And for a part of a row that a thread keeps: rescaling it at a block, and at the end.
@@ -100,6 +110,8 @@ class Case:
             return _launch.combining(self.sizes, self.parts)
         if self.kernel in ("gradient", "multiply"):
             return _launch.gradient(self.sizes, H100, whole_rows=self.kernel == "multiply")
+        if self.kernel == "pipelined":
+            return _launch.pipelined(self.sizes, H100, 8192, 16, 1)
         if self.kernel == "fused":
             chosen = _launch.fused(self.sizes, H100, capped="CAPPED" in self.constants)
         else:
@@ -163,7 +175,7 @@ class Row:
         if self.kernel == "totals" or self.dtype == "fp64":
             return found
         long = self.classes.isdigit() and int(self.classes) > 65536 and self.aligned and not self.capped
-        walks = self.kernel == "fused" and long and self.target.startswith("sm_")
+        walks = self.kernel in ("fused", "pipelined") and long and self.target.startswith("sm_")
         if walks and 2 * self.registers * self.warps * 32 <= 65536:
             # Twice as many rows would be in flight, more than L2 holds.
             found.append(f"{self.registers} registers leave room for two programs on a multiprocessor")
@@ -174,7 +186,7 @@ class Row:
         if self.aligned and not self.combines:
             if self.wide_loads < passes * wide:
                 found.append(f"{self.wide_loads} loads of 128 bits, expected {passes * wide}")
-            stores = {"gradient": 1, "multiply": 1, "fused": passes}.get(self.kernel, 0)
+            stores = {"gradient": 1, "multiply": 1, "pipelined": 1, "fused": passes}.get(self.kernel, 0)
             if self.wide_stores < stores * wide:
                 found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
         # Rows that a thread has a part of.
@@ -186,7 +198,7 @@ class Row:
         per_row = EXP_PER_ROW + EXP_OF_FAMILY[self.family]
         if self.lanes > 1:
             # The gradient of the label's block is another branch than that of the others: of the two one is run.
-            per_element += self.kernel in ("gradient", "fused")
+            per_element += self.kernel in ("gradient", "fused", "pipelined")
             per_row += EXP_PER_LANE
         # For AMD the loops come in up to three copies, peeled or unrolled.
         copies = 3 if self.target.startswith("gfx") else 1
@@ -204,6 +216,7 @@ CASES = [
     *(Case("fused", "bf16", classes) for classes in (16, 256, 1000, 8192, 16384, 32000, 128256, 50257)),
     *(Case(kernel, "fp32", classes) for kernel in ("forward", "gradient") for classes in (1000, 128256)),
     *(Case("fused", "fp32", classes) for classes in (1000, 8192, 32000)),
+    *(Case("pipelined", dtype, 128256) for dtype in ("bf16", "fp32")),
     *(Case(kernel, "bf16", 128256) for kernel in ("margin", "multiply")),
     *(Case("split", dtype, 10**7, rows=16) for dtype in ("bf16", "fp32")),
     Case("batch", "bf16", 10**7, rows=16, parts=66),

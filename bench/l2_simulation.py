@@ -12,9 +12,10 @@ of which may hold its own copy of what the other's multiprocessors read.
 """
 
 import argparse
+import itertools
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,17 @@ def fused_program(row: int, blocks: int, hints: bool, backwards: bool) -> Iterat
         yield Access((1, row, block), True, drop)
 
 
+def pipelined_program(rows: Sequence[int], blocks: int) -> Iterator[Access]:
+    """Rows one after another: a block of the next is read beside one of the last, from its end, which is then written."""
+    for old, row in itertools.pairwise([None, *rows, None]):
+        for block in range(blocks):
+            if row is not None:
+                yield Access((0, row, block), False, LAST)
+            if old is not None:
+                yield Access((0, old, blocks - 1 - block), False, FIRST)
+                yield Access((1, old, blocks - 1 - block), True, FIRST)
+
+
 def forward_program(row: int, blocks: int) -> Iterator[Access]:
     for block in range(blocks):
         yield Access((0, row, block), False, PLAIN)
@@ -121,6 +133,17 @@ def known_divisor(
     return cache.traffic / (rows * blocks * size)
 
 
+def pipelined(device: Device, classes: int, rows: int, resident: int = 1, share: float = 1, block: int = 8192) -> float:
+    """Traffic of the pipelined kernel in T."""
+    blocks = -(-classes // block)
+    size = block * ITEMSIZE
+    cache = Cache(int(device.l2_bytes * share))
+    programs = resident * device.multiprocessors
+    owned = (range(first, rows, programs) for first in range(programs))
+    run(cache, (pipelined_program(own, blocks) for own in owned), programs, size)
+    return cache.traffic / (rows * blocks * size)
+
+
 def sum_weight(device: Device, classes: int, rows: int, backwards: bool = True, stream: bool = True, share: float = 1) -> float:
     """Traffic of the forward and the gradient kernel in T."""
     launch = _launch.forward(Sizes(1, 8192, classes, ITEMSIZE), device)
@@ -158,6 +181,21 @@ def tables(rows: int) -> Iterator[str]:
             text = [f"{cell:.2f}" for cell in cells]
             text[2] = f"**{text[2]}**"
             yield f"| {name} | {classes} | {row / 1024:.0f} KiB | {flight:.1f} MiB | {' | '.join(text)} |"
+    yield ""
+    yield "## Known divisor: programs that read their next row while they write one"
+    yield ""
+    yield "| device | V | **one a multiprocessor** | half the L2 | two | four |"
+    yield "|---|---|---|---|---|---|"
+    for name, device in DEVICES.items():
+        for classes in CLASSES:
+            cells = [
+                pipelined(device, classes, rows),
+                pipelined(device, classes, rows, share=0.5),
+                pipelined(device, classes, rows, resident=2),
+                pipelined(device, classes, rows, resident=4),
+            ]
+            text = [f"{cell:.2f}" for cell in cells]
+            yield f"| {name} | {classes} | **{text[0]}** | {' | '.join(text[1:])} |"
     yield ""
     yield "## `sum_weight`: forward and gradient"
     yield ""

@@ -55,8 +55,9 @@ class Sizes(NamedTuple):
 class Launch(NamedTuple):
     """How to launch a kernel.
 
-    `way` is "tiles" (a program owns rows), "alone" (one program owns the batch), "split" (a program owns a span of the classes
-    of rows, and what several find of a row is combined by one more launch) or "spans" (likewise, nothing to combine).
+    `way` is "tiles" (a program owns rows), "pipelined" (likewise, and reads one while it writes another), "alone" (one program
+    owns the batch), "split" (a program owns a span of the classes of rows, and what several find of a row is combined by one
+    more launch) or "spans" (likewise, nothing to combine).
     """
 
     way: str
@@ -67,7 +68,7 @@ class Launch(NamedTuple):
     stream: bool = False  # what is read or written is not wanted again: it leaves the L2 cache first
     lanes: int = 1  # parts of a row's statistics that are kept apart until its last block; 1 for a row in one
     stages: int = 1  # blocks on their way at a time
-    repeat: int = 1  # tiles that a program of the forward kernel owns, one after another
+    repeat: int = 1  # tiles that a program of the forward or the pipelined kernel owns, one after another
 
     def tiles(self, sizes: Sizes) -> int:
         """Tiles of rows; none crosses from one image to the next."""
@@ -189,6 +190,15 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
         if three < one:
             return margin(sizes, device)
     return launch._replace(stream=sizes.classes > launch.block_v)
+
+
+def pipelined(sizes: Sizes, device: Device, block_v: int, num_warps: int, resident: int) -> Launch:
+    """Of the fused kernel whose programs, so many a multiprocessor, read their next row while they write one.
+
+    `fused` does not choose it: it has not been measured yet, see kernels/README.md.
+    """
+    launch = _blocks(sizes, device, block_v, num_warps)
+    return launch._replace(way="pipelined", stream=True, repeat=_cdiv(sizes.rows, resident * device.multiprocessors))
 
 
 def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:

@@ -164,7 +164,7 @@ class _Batch(NamedTuple):
 
     split: _Split | None
     kernel: _Kernel
-    programs: int  # that leave sums for the totals
+    partials: int  # sums that the totals are made of
     totals: _Kernel | None
 
 
@@ -229,13 +229,17 @@ def _batch_plan(logits: _Logits, family: str, ignore_index: int) -> _Batch:
         return _Batch(split, _Kernel(kernels.batch_kernel, 1, **fixed), 0, None)
     programs = launch.programs(sizes)
     fixed |= {"LANES": launch.lanes, **layout.arguments(launch)}
-    if fused:
+    partials = programs
+    if launch.way == "pipelined":
+        kernel, partials = _Kernel(kernels.pipelined_kernel, programs, **fixed), sizes.rows
+    elif fused:
         one_block = launch.span == launch.block_v
         kernel = _Kernel(kernels.fused_kernel, programs, **fixed, ONE_BLOCK=one_block, STAGES=launch.stages)
     else:
         kernel = _Kernel(kernels.forward_kernel, programs, **fixed, TILES=launch.repeat)
-    totals = _Kernel(kernels.totals_kernel, 1, P=programs, LOSS=loss, **_launch.totals(programs), enable_fp_fusion=True)
-    return _Batch(None, kernel, programs, totals)
+    adding = _launch.totals(partials)
+    totals = _Kernel(kernels.totals_kernel, 1, P=partials, LOSS=loss, **adding, enable_fp_fusion=True)
+    return _Batch(None, kernel, partials, totals)
 
 
 @functools.lru_cache(PLANS)
@@ -338,10 +342,10 @@ def loss_and_rows(
             if out is not None:
                 _gradient(logits, target, rows, totals, None, ignore_index, out, transform)
             return loss, rows, totals
-        partials = logits.new_empty((3, plan.programs), dtype=dtype)
+        partials = logits.new_empty((3, plan.partials), dtype=dtype)
         if out is None:
             plan.kernel(**given, partials_ptr=partials)
-        elif plan.programs:
+        elif plan.partials:
             plan.kernel(**given, normalizer_ptr=normalizer, partials_ptr=partials, dlogits_ptr=out)
         plan.totals(partials_ptr=partials, **result)
     return loss, rows, totals

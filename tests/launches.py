@@ -55,6 +55,12 @@ def _row_in_blocks(sizes, device, way="tiles"):
     return launch._replace(way=way, block_n=1, block_v=block_v, span=span, stream=True, lanes=lanes)
 
 
+def _pipelined(sizes, device):
+    """Rows in blocks, one after another by the same program: not whole tiles of few classes, nor adjacent positions."""
+    launch = _row_in_blocks(sizes, device)
+    return launch if sizes.spatial or launch.lanes == 1 else launch._replace(way="pipelined", repeat=3)
+
+
 # How each function of _launch answers, by the launch shape that is to be tried.
 WAYS = {
     "tiles": {
@@ -87,6 +93,7 @@ WAYS = {
         "fused": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _row_in_blocks(sizes, device, "spans"),
     },
+    "pipelined": {"fused": lambda sizes, device, capped=False: _pipelined(sizes, device)},
 }
 
 # Those that differ in what is launched, and not within a kernel.

@@ -176,13 +176,23 @@ FAULTS = [
     Fault("in place: leaf tensors accepted", "fused_dm/_validation.py", "    if logits.is_leaf:", "    if False:"),
     Fault("in place: overlapping rows accepted", "fused_dm/_validation.py", "logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:", "logits.shape[0] > 1 and False:"),
     Fault("in place: without a gradient too", "fused_dm/_api.py", "inplace = inplace and needs_gradient(logits)", "inplace = bool(inplace)"),
-    Fault("in place: an operator does not declare what it writes", "fused_dm/_operators.py", "custom_op(\"fused_dm::triton_multiply_\", mutates_args={\"dlogits\"})", "custom_op(\"fused_dm::triton_multiply_\", mutates_args=())"),
+    Fault("in place: an operator does not declare what it writes", "fused_dm/_operators.py", "operator(\"fused_dm::triton_multiply_\", mutates_args=[\"dlogits\"])", "operator(\"fused_dm::triton_multiply_\")"),
     # Operators' descriptions, and what autograd may do with them
     Fault("operators: fake statistics of the wrong shape", "fused_dm/_operators.py", "logits.new_empty(rows, dtype=dtype), logits.new_empty((3, rows), dtype=dtype)", "logits.new_empty(rows, dtype=dtype), logits.new_empty((rows, 3), dtype=dtype)"),
     Fault("operators: transforms that lose the gradient accepted", "fused_dm/_validation.py", "    if transformed:", "    if False:"),
     Fault("operators: no gradient wanted, but written", "fused_dm/_loss.py", "return torch.is_grad_enabled() and (logits.requires_grad or", "return torch.is_grad_enabled() and (True or"),
     Fault("operators: fp16 gradients written before their scale is known", "fused_dm/_loss.py", "IN_FORWARD = (torch.float32, torch.bfloat16)", "IN_FORWARD = (torch.float32, torch.bfloat16, torch.float16)"),
     Fault("operators: batches of vmap share a buffer", "fused_dm/_loss.py", "shares = _validation.is_batched(problem.logits)", "shares = False"),
+    Fault("operators: a direct call does not tell what it overwrites", "fused_dm/_operator.py", "            increment_version(args[number])\n", "            pass\n"),
+    Fault("operators: called directly although a mode looks", "fused_dm/_operator.py", "if _get_current_dispatch_mode() is not None or ", "if "),
+    # Launches that are planned once, and rows that are read while others are written
+    Fault("plans: another alignment's compilation", "fused_dm/_triton.py", "t is None or (t.dtype, t.data_ptr() % 16 == 0)", "t is None or (t.dtype, True)"),
+    Fault("plans: one for all strides", "fused_dm/_triton.py", "return _Logits(logits.device, logits.dtype, logits.shape, logits.stride(), out_stride, capped)", "return _Logits(logits.device, logits.dtype, logits.shape, torch.empty(logits.shape).stride(), out_stride, capped)"),
+    Fault("plans: a tensor in another's place", "fused_dm/_triton.py", "            arguments[self._at[name]] = tensor\n", "            arguments[self._at[name] - 1] = tensor\n"),
+    Fault("pipelined: a block read twice", f"{KERNELS}/pipelined.py", "tl.where(ends, 0, first + BLOCK_V) + cols", "tl.where(ends, 0, first) + cols"),
+    Fault("pipelined: this row read as the next", f"{KERNELS}/pipelined.py", "tl.where(ends, next_start, start)", "tl.where(ends, start, start)"),
+    Fault("pipelined: the last row's gradient left out", f"{KERNELS}/pipelined.py", "tl.range(tl.program_id(0), N + step, step, num_stages=1)", "tl.range(tl.program_id(0), N, step, num_stages=1)"),
+    Fault("pipelined: the gradient's row read though it has none", f"{KERNELS}/pipelined.py", "active, written = k != 0.0, exists", "active, written = exists, exists"),
     # EDFs
     Fault("EDF: focal weight without its own 1", f"{KERNELS}/densities.py", "return LN2 + (gamma + 1.0) * log_q", "return LN2 + gamma * log_q"),
     Fault("EDF: focal weight of a certain example", f"{KERNELS}/densities.py", "exp(tl.where(certain, 0.0, log_q))\n    share = tl.where(certain, 1.0, share)\n", "exp(log_q)\n"),
@@ -250,6 +260,8 @@ TESTS = [
 # Where to look first, by the beginning of a fault's name: it saves time and nothing else.
 FIRST = {
     "in place": ["test_inplace", "test_operators"],
+    "plans": ["test_launch", "test_layouts"],
+    "pipelined": ["test_launch", "test_traffic"],
     "EDF": ["test_edf_catalogue", "test_edf"],
     "schedule": ["test_schedules"],
     "module": ["test_schedules", "test_operators"],
@@ -264,7 +276,7 @@ LONGEST = 3600
 
 
 def plant(fault: Fault, folder: Path) -> None:
-    for part in ("fused_dm", "kernels", "tests", "pyproject.toml"):
+    for part in ("fused_dm", "kernels", "tests", "bench", "pyproject.toml"):
         source = ROOT / part
         if source.is_dir():
             shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))

@@ -28,7 +28,7 @@ SHAPES = [(70, 10), (3, 1000), (2, 4097), (2, 32768), (2, 3 * 16384 + 7)]
 CASES = [(None, shape) for shape in SHAPES]
 CASES += [(way, shape) for way in ("tiles", "alone", "split") for shape in SHAPES]
 CASES += [("several tiles", (70, 10)), ("small blocks", (70, 10)), ("small blocks", (3, 1000)), ("rows in blocks", (3, 1000))]
-CASES += [("rows in blocks", (2, 4097))]
+CASES += [("rows in blocks", (2, 4097)), ("pipelined", (3, 1000))]
 # Images whose positions make whole 16 bytes, and some that do not.
 IMAGES = ["images", "odd images", "blocks of classes", "all but the last position", "every other class"]
 
@@ -57,10 +57,10 @@ def of_order_n(lanes, rows, classes, block=4096):
 
 def read_again(way, logits):
     """Elements of a row that the single fused kernel, or what goes in its place, reads a second time."""
-    layout = _triton._Layout(logits=logits)
+    layout = _triton._of(logits, None).layout()
     with going(way):
         launch = _launch.fused(layout.sizes, _launch.INTERPRETER)
-    if launch.way in ("alone", "split"):
+    if launch.way in ("alone", "split", "pipelined"):
         return layout.sizes.classes
     # The last block stays in registers.
     return (-(-layout.sizes.classes // launch.block_v) - 1) * launch.block_v
@@ -212,7 +212,7 @@ def uncounted(target, sample_weight):
 @pytest.mark.parametrize("way", [None, *WAYS])
 def test_rows_that_do_not_count_are_not_read_for_their_gradient(options, way):
     """Neither ignored rows nor those with a weight of 0; ignored rows are not read at all."""
-    rows = 30 if way in ("small blocks", "rows in blocks") else 70
+    rows = 30 if way in ("small blocks", "rows in blocks", "pipelined") else 70
     logits, target = make(rows, 200)
     target[::3] = -100
     sample_weight = torch.linspace(-1, 1, rows)
