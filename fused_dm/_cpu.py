@@ -33,8 +33,11 @@ PART_BLOCKS = 8
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # Rows whose weights and values are computed at once, by any number of threads, as results are rounded relative to their piece.
 PIECE_ROWS = 1 << 17
+# Rows of a piece that go through several torch calls at a time: their temporaries stay in a core's cache.
+STEP_ROWS = 1 << 15
 # Bytes from which a gradient asks for its memory.
 HUGE_BYTES = 1 << 22
+HUGE_PAGE = 1 << 21
 # Of Linux 5.14; older ones answer that they do not know it.
 MADV_POPULATE_WRITE = 23
 # Classes of a row from which the quicker call for 16 bits is quicker, and bytes which it takes at once.
@@ -173,10 +176,15 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
         raise failures[0]
 
 
-def _run(matrix: Tensor, work: Callable[["_Blocks", Tensor | None, int, int], None], dtype: torch.dtype | None) -> None:
+def _run(
+    matrix: Tensor,
+    work: Callable[["_Blocks", Tensor | None, int, int], None],
+    dtype: torch.dtype | None,
+    beside: Callable[[], None] | None = None,
+) -> None:
     """Call `work(blocks, scratch, begin, end)` for parts of the blocks of `matrix`, on torch.get_num_threads() threads.
 
-    The scratch memory holds a block in `dtype`; there is none where that is None.
+    The scratch memory holds a block in `dtype`; there is none where that is None. What is to be done beside is begun first.
 
     A matrix of fewer blocks than threads is left to one thread; unless it is large, that is, of few and very long rows. Then
     each torch call is spread over the threads.
@@ -193,12 +201,22 @@ def _run(matrix: Tensor, work: Callable[["_Blocks", Tensor | None, int, int], No
         count = len(blocks)
         size = min(-(-count // threads), max(PART_BLOCKS, -(-count // (PARTS * threads)))) if shared else count
 
+        extra = 0 if beside is None else 1
+
         def start() -> Callable[[int], None]:
             scratch = None if dtype is None else blocks.scratch(dtype)
-            return lambda number: work(blocks, scratch, number * size, min(number * size + size, count))
+
+            def step(number: int) -> None:
+                if beside is not None and number == 0:
+                    beside()
+                else:
+                    first = (number - extra) * size
+                    work(blocks, scratch, first, min(first + size, count))
+
+            return step
 
         with _spread(threads) if spread else nullcontext():
-            _share(threads if shared else 1, -(-count // size), start)
+            _share(threads if shared else 1, extra - (-count // size), start)
 
 
 def pieces(rows: int) -> list[slice]:
@@ -232,6 +250,33 @@ def is_positive(number: Tensor) -> bool:
     return bool(number > 0)
 
 
+def is_below(number: Tensor, limit: float) -> bool:
+    """Whether it is finite and less."""
+    return -math.inf < float(number) < limit
+
+
+# ---- Numbers of the rows
+
+
+def logarithms(margins: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log q of margins (N,), none of them nan."""
+    return walks().logarithms(margins, STEP_ROWS)
+
+
+def weigh(
+    log_weight: Tensor,
+    log_q: Tensor,
+    value: Tensor,
+    eps: Tensor | None,
+    top: Tensor,
+    absolute: bool,
+    has_loss: bool,
+    coefficient: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sums of weights and of values; and coefficients (N,): see `_walk.weigh`."""
+    return walks().weigh(log_weight, log_q, value, eps, top, absolute, has_loss, coefficient, STEP_ROWS)
+
+
 # ---- Blocks
 
 
@@ -261,23 +306,30 @@ def _planes(matrix: Tensor) -> Tensor:
     return matrix.detach().unflatten(1, (-1, 1)) if matrix.dim() == 2 else matrix.detach()
 
 
-def _new_gradient(logits: Tensor) -> Tensor:
-    """An empty tensor of the logits' shape and dtype, on huge pages where Linux gives them on request.
+def _new_gradient(logits: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
+    """An empty tensor of the logits' shape and dtype, and what there is to do before it is filled, beside other work.
 
     A gradient is new memory in every step, and the faults on its pages of 4 KiB cost as much as the computation; those on huge
     pages cost several threads, which get in each other's way, twice what they cost one. So it asks for huge pages, as numpy
-    does for its own arrays, and for all of them at once. Both are hints: where they are not granted, nothing else changes.
+    does for its own arrays, and one thread asks for all of them while others begin to compute. Both are hints: where they are
+    not granted, nothing else changes.
     """
     out = logits.new_empty(logits.shape)
     size = out.numel() * out.element_size()
-    if sys.platform == "linux" and size >= HUGE_BYTES:
-        start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _advise(start, length, mmap.MADV_HUGEPAGE)
-        # The request takes its time where an allocator has kept the pages, as a few of them show.
-        if not all(_is_there(start + length * part // 4 // mmap.PAGESIZE * mmap.PAGESIZE) for part in range(4)):
-            _advise(start, length, MADV_POPULATE_WRITE)
-    return out
+    if sys.platform != "linux" or size < HUGE_BYTES:
+        return out, None
+    start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    _advise(start, length, mmap.MADV_HUGEPAGE)
+    # The request takes its time where an allocator has kept the pages, as a few of them show.
+    if all(_is_there(start + length * part // 4 // mmap.PAGESIZE * mmap.PAGESIZE) for part in range(4)):
+        return out, None
+
+    def populate() -> None:
+        for done in range(0, length, HUGE_PAGE):
+            _advise(start + done, min(HUGE_PAGE, length - done), MADV_POPULATE_WRITE)
+
+    return out, populate
 
 
 @cache
@@ -334,7 +386,13 @@ class _Pass:
         self.logits = logits
         self.transform = transform
 
-    def run(self, out: Tensor | None, factor: Tensor | None = None, undivided: bool = False) -> None:
+    def run(
+        self,
+        out: Tensor | None,
+        factor: Tensor | None = None,
+        undivided: bool = False,
+        beside: Callable[[], None] | None = None,
+    ) -> None:
         """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, for k = 1 or for k = `row_sum`."""
         logits = _planes(self.logits)
         gradient = None if out is None else _planes(out)
@@ -368,7 +426,7 @@ class _Pass:
                 end,
             )
 
-        _run(logits, work, None if direct else self.dtype)
+        _run(logits, work, None if direct else self.dtype, beside)
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
@@ -412,8 +470,8 @@ def undivided_direction(
     themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
-    out = _new_gradient(logits) if out is None else out
-    walk.run(out, undivided=transform is None)
+    out, populate = _new_gradient(logits) if out is None else (out, None)
+    walk.run(out, undivided=transform is None, beside=populate)
     margins, leads = walk.margins()
     if transform is not None:
         return margins, leads, walk.row_sum.fill_(1.0), out
@@ -436,7 +494,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
     factor = factor.detach().contiguous()
     same = matrix.dtype == factor.dtype
     # The call for 16 bits would make nan of a row whose factor is infinite.
-    if not same and matrix.dim() == 2 and matrix.shape[1] >= LONG and matrix.is_contiguous() and math.isfinite(factor.sum()):
+    if not same and _is_long(matrix) and matrix.is_contiguous() and math.isfinite(factor.sum()):
         _scale_16_bits_(matrix.detach(), factor)
     else:
         planes = _planes(matrix)
@@ -446,23 +504,42 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
             walks().scale(planes, factors, scratch, blocks.height, blocks.width, begin, end)
 
         _run(planes, work, None if same else factor.dtype)
-    # The count takes half as long as finding them.
-    if factor.count_nonzero() < len(factor):
+    # The least tells it mostly, and counting takes half as long as finding them.
+    if len(factor) and not factor.amin() > 0 and factor.count_nonzero() < len(factor):
         _zero_rows_(matrix, factor == 0)
 
 
-def _scale_16_bits_(rows: Tensor, factor: Tensor) -> None:
-    """The same for contiguous rows (N, V) and finite factors in fp32."""
-    if rows.nbytes <= SMALL_BYTES:
-        with calm(), _spread(_threads()):
-            walks().scale_16_bits(rows, None, None, factor, len(rows), 0, 1)
+def _is_long(matrix: Tensor) -> bool:
+    """Whether the quicker call for 16 bits is quicker."""
+    return (matrix.shape[1] if matrix.dim() == 2 else matrix.shape[2]) >= LONG
+
+
+def _scale_16_bits_(matrix: Tensor, factor: Tensor) -> None:
+    """The same for contiguous (N, V) or (B, V, P) and finite factors in fp32."""
+    if matrix.dim() == 3:
+        planes = len(matrix)
+
+        def some(number: int) -> None:
+            walks().scale_planes_16_bits(matrix, factor, number, number + 1)
+
+        with calm():
+            threads = _threads()
+            if planes >= threads and _runtime():
+                _share(threads, planes, lambda: some)
+            else:
+                with _spread(threads):
+                    walks().scale_planes_16_bits(matrix, factor, 0, planes)
         return
-    bits = rows.view(dtype=torch.int16)
+    if matrix.nbytes <= SMALL_BYTES:
+        with calm(), _spread(_threads()):
+            walks().scale_16_bits(matrix, None, None, factor, len(matrix), 0, 1)
+        return
+    bits = matrix.view(dtype=torch.int16)
 
     def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
-        walks().scale_16_bits(rows, bits, bits.new_empty(()), factor, blocks.height, begin, end)
+        walks().scale_16_bits(matrix, bits, bits.new_empty(()), factor, blocks.height, begin, end)
 
-    _run(_planes(rows), work, None)
+    _run(_planes(matrix), work, None)
 
 
 def margin_gradient(
@@ -475,8 +552,8 @@ def margin_gradient(
 ) -> Tensor:
     """dlogits for a derivative by the margin (N,), from the logits. `out` may be the logits themselves."""
     walk = _Pass(logits, target, ignore_index, transform)
-    out = _new_gradient(logits) if out is None else out
-    walk.run(out, dmargin)
+    out, populate = _new_gradient(logits) if out is None else (out, None)
+    walk.run(out, dmargin, beside=populate)
     zero = (dmargin == 0) | (walk.row_sum == 0)
     if walk.valid is not None:
         zero |= ~walk.valid

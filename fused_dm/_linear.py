@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _linear_operators, _operators, _validation, edf, reference
 from ._api import DMLoss, _default_eps, _emphasis, _normalizer, _params, _transform
-from ._loss import Problem, Received, coefficients_of, of_margins, received, row_weights, terms_of
+from ._loss import Problem, Received, coefficients_of, of_margins, received, row_weights, weights_of
 
 # A weight of exp(60) leaves fp32 a factor of 1e12 for row weights and for sums over rows.
 LOG_PEAK = 60.0
@@ -146,8 +146,7 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
             coefficient, skipped = _skip(coefficient, target != ignore_index, call.skip_tolerance)
         if any(wanted):
             loss = _operators.attach_to_margin(margin, loss, -coefficient)
-    terms = terms_of(found)
-    got = received(problem, margin.detach(), lead, terms.log_weight, terms.sign, found.totals)
+    got = received(problem, margin.detach(), lead, *weights_of(found), found.totals)
     return loss, got, skipped
 
 

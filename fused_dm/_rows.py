@@ -75,34 +75,21 @@ def mean_divisor(weight: Tensor | None, valid: Tensor) -> Tensor:
 
 def row_terms(
     margin: Tensor,
-    valid: Tensor | None,
+    valid: Tensor,
     weight: Tensor | None,
     eps: Tensor,
     log_weight: Callable[[Tensor, Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor] | None,
-    has_eps: bool | None = None,
 ) -> RowTerms:
-    """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`.
-
-    A `valid` of None says that no row is ignored, none has a weight and none a margin of nan or beyond 1e15, and `has_eps` says
-    whether `eps` is positive where that is known: to look at every row takes longer on a CPU than the arithmetic.
-    """
+    """The numbers of each row from its margin, for any `log_weight(log_p, log_q)`."""
     # The larger of the two logarithms; the other is further off by the margin.
     larger = margin.abs().neg_().exp_().log1p_().neg_()
     log_p, log_q = margin.clamp(max=0).add_(larger), larger.sub_(margin.clamp(min=0))
-    finite = (log_p, log_q) if valid is None else (log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
-    log_w = log_weight(*finite)
+    log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
     value = -log_p if loss is None else loss(log_p, log_q)
-    if has_eps is False:
-        unit = margin.new_full((), 0.5).expand_as(margin)
-    else:
-        q = torch.exp(log_q)
-        unit = q / torch.add(eps, q, alpha=2)
-        if not has_eps:
-            # Where q and eps are both 0, the quotient is nan.
-            unit = torch.where(eps == 0, 0.5, unit)
-    if valid is None:
-        return RowTerms(log_w, margin.new_ones(()).expand_as(margin), unit, value)
+    q = torch.exp(log_q)
+    # Where q and eps are both 0, the quotient is nan.
+    unit = torch.where(eps == 0, 0.5, q / torch.add(eps, q, alpha=2))
     log_w = torch.where(margin.isnan(), margin, log_w)
     sign = valid.to(margin.dtype)
     if weight is not None:
@@ -120,23 +107,20 @@ def row_terms(
     )
 
 
-def row_values(terms: RowTerms, relative: Tensor, has_loss: bool, bounded: bool = False) -> Tensor:
+def row_values(terms: RowTerms, relative: Tensor, has_loss: bool) -> Tensor:
     """c r(p) exp(-scale) of each row, (N,), for `relative` = |c w| exp(-scale); c f(p) for an EDF with a loss of its own.
 
-    0 for a weight of 0 whatever log p is, and for log p = 0 likewise. `bounded`: `relative` and the values are finite, and no
-    weight is negative.
+    0 for a weight of 0 whatever log p is, and for log p = 0 likewise.
     """
     if has_loss:
         return terms.value
-    if bounded:
-        return relative * terms.value
     return torch.where((relative == 0) | (terms.value == 0), 0.0, terms.sign * relative * terms.value)
 
 
-def largest_log_weight(terms: RowTerms) -> Tensor:
+def largest_log_weight(log_weight: Tensor) -> Tensor:
     """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
-    log_weight = terms.log_weight.detach()
-    return torch.cat([log_weight, log_weight.new_full((1,), math.log(1e-8))]).amax()
+    floor = log_weight.new_full((), math.log(1e-8))
+    return torch.maximum(log_weight.amax(), floor) if log_weight.numel() else floor
 
 
 def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> Totals:
@@ -151,12 +135,11 @@ def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> To
     return Totals(torch.zeros_like(top), normalizer, sum_weight)
 
 
-def coefficients(terms: RowTerms, relative: Tensor, bounded: bool = False) -> Tensor:
+def coefficients(terms: RowTerms, relative: Tensor) -> Tensor:
     """k D exp(-scale) of each row, (N,), for `relative` = |c w| exp(-scale): the gradient is k exp(z_j - lse) for the other
-    classes and -k for the label. `bounded`: `relative` is finite.
+    classes and -k for the label.
     """
-    product = terms.unit * relative
-    return product if bounded else torch.where(terms.unit == 0, 0.0, product)
+    return torch.where(terms.unit == 0, 0.0, terms.unit * relative)
 
 
 def example_weights(log_weight: Tensor, sign: Tensor, totals: Totals) -> Tensor:

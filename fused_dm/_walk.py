@@ -180,25 +180,85 @@ def scale_16_bits(
         )
 
 
+def scale_planes_16_bits(matrix: Tensor, factor: Tensor, begin: int, end: int) -> None:
+    """The same for planes of a contiguous (B, V, P), whose positions are the channels here and whose classes the batch."""
+    positions = matrix.size(2)
+    zero, one, nothing = factor.new_zeros([positions]), factor.new_ones([positions]), factor.new_empty([0])
+    for number in range(begin, end):
+        plane, factors = matrix[number], factor.narrow(0, number * positions, positions)
+        torch.ops.aten.native_batch_norm(
+            plane, factors, zero, zero, one, False, 0.0, 0.0, out=plane, save_mean=nothing, save_invstd=nothing
+        )
+
+
+def logarithms(margin: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """log p and log q of margins (N,) that are not nan, `step` rows at a time, whose numbers stay in the cache."""
+    log_p, log_q = torch.empty_like(margin), torch.empty_like(margin)
+    for first in range(0, margin.size(0), step):
+        count = min(step, margin.size(0) - first)
+        margins, q = margin.narrow(0, first, count), log_q.narrow(0, first, count)
+        # The larger of the two; the other is further off by the margin.
+        torch.abs(margins, out=q).neg_().exp_().log1p_().neg_()
+        torch.clamp(margins, max=0.0, out=log_p.narrow(0, first, count)).add_(q)
+        q.sub_(margins.clamp(min=0.0))
+    return log_p, log_q
+
+
+def weigh(
+    log_weight: Tensor,
+    log_q: Tensor,
+    value: Tensor,
+    eps: Tensor | None,
+    top: Tensor,
+    absolute: bool,
+    has_loss: bool,
+    coefficient: Tensor,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the weights and of the values, fp64, and `coefficient` (N,), for rows with c = 1 whose numbers are finite.
+
+    The weights are relative to exp(`top`), and so are values and coefficients unless `absolute`; values are f(p) where the EDF
+    `has_loss`, else w times `value`. `eps` is None for 0.
+    """
+    weights, values = torch.zeros([], dtype=torch.float64), torch.zeros([], dtype=torch.float64)
+    for first in range(0, log_weight.size(0), step):
+        count = min(step, log_weight.size(0) - first)
+        log_w, of_rows = log_weight.narrow(0, first, count), value.narrow(0, first, count)
+        weight = torch.sub(log_w, top, out=coefficient.narrow(0, first, count)).exp_()
+        weights += weight.sum(dtype=torch.float64)
+        if absolute:
+            torch.exp(log_w, out=weight)
+        values += (of_rows if has_loss else weight * of_rows).sum(dtype=torch.float64)
+        if eps is None:
+            weight.mul_(0.5)
+        else:
+            q = log_q.narrow(0, first, count).exp()
+            weight.mul_(q.div_(torch.add(eps, q, alpha=2)))
+    return weights, values
+
+
 class Walks(NamedTuple):
     """The walks, and in words by what they are run."""
 
     walk: Callable[..., None]
     scale: Callable[..., None]
     scale_16_bits: Callable[..., None]
+    scale_planes_16_bits: Callable[..., None]
+    logarithms: Callable[..., tuple[Tensor, Tensor]]
+    weigh: Callable[..., tuple[Tensor, Tensor]]
     run_by: str
+
+
+PLAIN = Walks(walk, scale, scale_16_bits, scale_planes_16_bits, logarithms, weigh, "Python")
 
 
 @cache
 def walks() -> Walks:
     """The walks compiled; or as they stand, where their source is not at hand or this torch does not compile it."""
+    parts = (block_of, room_for, transform_, fill_, margins_, *PLAIN[:-1])
     try:
-        source = "\n\n".join(
-            inspect.getsource(part) for part in (block_of, room_for, transform_, fill_, margins_, walk, scale, scale_16_bits)
-        )
-        unit = torch.jit.CompilationUnit(source)
-        return Walks(unit.walk, unit.scale, unit.scale_16_bits, "TorchScript")
+        unit = torch.jit.CompilationUnit("\n\n".join(inspect.getsource(part) for part in parts))
+        return Walks(*(getattr(unit, name) for name in Walks._fields[:-1]), run_by="TorchScript")  # type: ignore[misc]
     except (OSError, AttributeError, RuntimeError) as error:
-        return Walks(
-            walk, scale, scale_16_bits, f"Python, slower with several threads, because of {type(error).__name__}: {error}"
-        )
+        reason = f"Python, slower with several threads, because of {type(error).__name__}: {error}"
+        return PLAIN._replace(run_by=reason)

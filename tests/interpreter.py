@@ -143,6 +143,16 @@ def install() -> None:
     def min_max(self, input, val_reduce_op, idx_reduce_op=None):
         return reductions(self, input, silent.get(val_reduce_op, val_reduce_op), idx_reduce_op)
 
+    # At every call of a function on the device Triton looks for what to replace in its packages, where it has done so before.
+    replace, names = interpreter._patch_builtin, {}
+
+    def replace_once(package, *rest):
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        if any(tl.core.is_builtin(getattr(package, name)) for name in names[package][:1]):
+            replace(package, *rest)
+
+    interpreter._patch_builtin = replace_once
     kind.create_masked_load, kind.create_masked_store = checked_load, checked_store
     kind.cast_impl = kind.create_fp_trunc = kind.create_fp_ext = rounded_cast
     kind.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)

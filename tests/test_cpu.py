@@ -128,6 +128,43 @@ def test_long_rows_of_16_bits_are_scaled_in_fp32(dtype, special, small_bytes, mo
     assert len(taken) == (1 if math.isfinite(special) else 0)
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("special", [2.0, 0.0, torch.inf])
+def test_wide_planes_of_16_bits_are_scaled_in_fp32(dtype, planes, special):
+    positions = _cpu.LONG + 3
+    matrix, factor = torch.randn(planes, 7, positions).to(dtype), torch.randn(planes * positions)
+    factor[4:7] = special
+    exact = (matrix.float() * factor.view(planes, 1, positions)).to(dtype)
+    exact.masked_fill_(factor.view(planes, 1, positions) == 0, 0)
+    _cpu.scale_rows_(matrix, factor)
+    torch.testing.assert_close(matrix, exact, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_asked_for_beside_the_computation_changes_nothing(threads, dtype, monkeypatch):
+    batch = make(150, 40, dtype)
+    _, known = run("cpu", *batch, DM)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    asked = []
+    monkeypatch.setattr(_cpu, "HUGE_BYTES", 0)
+    monkeypatch.setattr(_cpu, "_is_there", lambda page: False)
+    monkeypatch.setattr(_cpu, "_advise", lambda *request: asked.append(request))
+    _, dlogits = run("cpu", *batch, DM)
+    torch.set_num_threads(before)
+    assert torch.equal(dlogits, known)
+    if sys.platform == "linux":
+        # Whole pages of the gradient, each once.
+        start, length = asked[0][:2]
+        assert [request[2] for request in asked] == [mmap.MADV_HUGEPAGE] + [_cpu.MADV_POPULATE_WRITE] * (len(asked) - 1)
+        assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+        assert sum(request[1] for request in asked[1:]) == length <= dlogits.nbytes
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_weights_of_parts_of_the_rows_far_apart():
     """The scale of the sum of weights is that of all parts: relative to that of the first, the last would be infinite."""
@@ -220,7 +257,9 @@ def test_threads_leave_nothing_behind():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the calls are Linux's")
 def test_a_large_gradient_has_its_memory():
-    new = _cpu._new_gradient(torch.empty(2048, 1024))
+    new, populate = _cpu._new_gradient(torch.empty(2048, 1024))
+    if populate:
+        populate()
     pages = range(-(-new.data_ptr() // mmap.PAGESIZE), (new.data_ptr() + new.nbytes) // mmap.PAGESIZE, 50)
     if _cpu._libc().madvise(
         ctypes.c_void_p(pages[0] * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), _cpu.MADV_POPULATE_WRITE
@@ -343,11 +382,14 @@ class TestCompiled:
     def test_same_bits_without(self, shape, dtype, options, monkeypatch):
         logits = torch.randn(shape).to(dtype)
         target = torch.randint(shape[1], (shape[0], *shape[2:]))
+        labelled = target.view(-1)[1].clone()
+        compiled = [run("cpu", logits, target, DM, **options)]
         target.view(-1)[1] = -100
-        compiled = run("cpu", logits, target, DM, **options)
-        as_they_stand = _walk.Walks(_walk.walk, _walk.scale, _walk.scale_16_bits, "Python")
-        monkeypatch.setattr(_cpu, "walks", lambda: as_they_stand)
-        python = run("cpu", logits, target, DM, **options)
+        compiled.append(run("cpu", logits, target, DM, **options))
+        monkeypatch.setattr(_cpu, "walks", lambda: _walk.PLAIN)
+        python = [run("cpu", logits, target, DM, **options)]
+        target.view(-1)[1] = labelled
+        python.insert(0, run("cpu", logits, target, DM, **options))
         torch.testing.assert_close(compiled, python, rtol=0, atol=0, equal_nan=True)
 
     @pytest.mark.parametrize("error", [OSError("could not get source code"), RuntimeError("Unknown builtin op")], ids=repr)
