@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _cpu, _operators, _validation
 from ._operator import is_eager
 from ._rows import (
+    LOG_FLOOR,
     RowTerms,
     Totals,
     batch_totals,
@@ -199,11 +200,11 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
     def of_ordinary(margins: Tensor, coefficient: Tensor) -> _Part | None:
         """Where no row is ignored or has a weight and all numbers are finite, which on a CPU spares half of the passes."""
         # The margin of an ignored row is nan.
-        if not eager or by_row or weight is not None or not _cpu.are_moderate(margins):
+        if not eager or by_row or weight is not None or not len(margins) or not _cpu.are_moderate(margins):
             return None
         log_p, log_q = _cpu.logarithms(margins)
         log_w = log_weight(log_p, log_q)
-        top = largest_log_weight(log_w)
+        top = log_w.amax().clamp(min=LOG_FLOOR)
         if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
             return None
         value = -log_p if loss is None else loss(log_p, log_q)

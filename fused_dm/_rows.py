@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Of what is added to the sum of weights.
+LOG_FLOOR = math.log(1e-8)
+
 
 class RowTerms(NamedTuple):
     """Numbers of the rows, (N,) each. An ignored row, and one whose weight is 0, has -inf, 0, 0 and 0."""
@@ -119,8 +122,7 @@ def row_values(terms: RowTerms, relative: Tensor, has_loss: bool) -> Tensor:
 
 def largest_log_weight(log_weight: Tensor) -> Tensor:
     """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
-    floor = log_weight.new_full((), math.log(1e-8))
-    return torch.maximum(log_weight.amax(), floor) if log_weight.numel() else floor
+    return torch.cat([log_weight, log_weight.new_full((1,), LOG_FLOOR)]).amax()
 
 
 def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> Totals:
@@ -128,7 +130,7 @@ def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> To
 
     `top` is the largest log weight of all rows, and `relative` the sum of their weights divided by exp(top).
     """
-    relative = relative + torch.exp(top.new_full((), math.log(1e-8)).double() - top.double())
+    relative = relative + torch.exp(top.new_full((), LOG_FLOOR).double() - top.double())
     sum_weight = relative * torch.exp(top.double())
     if normalizer is None:
         return Totals(top, relative, sum_weight)
