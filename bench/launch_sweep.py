@@ -77,8 +77,8 @@ def trials(kernel: str, case: Case) -> list[Trial]:
                     add(1, block_v, warps, stages)
             for repeat in (2, 4) if kernel == "forward" and first.way == "tiles" else ():
                 add(1, block_v, warps, 1, repeat)
-        # Those whose registers do not spill, and as many programs as a multiprocessor has registers for.
-        pipelined = [(4096, 4, 2), (4096, 8, 1), (4096, 8, 2), (8192, 8, 1), (8192, 16, 1), (16384, 16, 1)]
+        # Those whose registers do not spill, and as many programs as a multiprocessor has registers for, or L2 room.
+        pipelined = [(4096, 4, 2), (4096, 8, 1), (4096, 8, 2), (8192, 8, 1), (8192, 16, 1), (8192, 16, 0.75), (16384, 16, 1)]
         for block_v, warps, resident in pipelined if kernel == "fused" and first.way == "tiles" else ():
             device = _triton._properties(torch.device("cuda", 0))
             found.append(_launch.pipelined(sizes, device, block_v, warps, resident))

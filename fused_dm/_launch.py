@@ -192,13 +192,13 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     return launch._replace(stream=sizes.classes > launch.block_v)
 
 
-def pipelined(sizes: Sizes, device: Device, block_v: int, num_warps: int, resident: int) -> Launch:
+def pipelined(sizes: Sizes, device: Device, block_v: int, num_warps: int, resident: float) -> Launch:
     """Of the fused kernel whose programs, so many a multiprocessor, read their next row while they write one.
 
     `fused` does not choose it: it has not been measured yet, see kernels/README.md.
     """
-    launch = _blocks(sizes, device, block_v, num_warps)
-    return launch._replace(way="pipelined", stream=True, repeat=_cdiv(sizes.rows, resident * device.multiprocessors))
+    launch, programs = _blocks(sizes, device, block_v, num_warps), int(resident * device.multiprocessors)
+    return launch._replace(way="pipelined", stream=True, repeat=_cdiv(sizes.rows, programs))
 
 
 def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:
