@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu, _operators, _validation
-from ._operator import is_eager
+from ._operator import is_eager, is_plain
 from ._rows import (
     LOG_FLOOR,
     RowTerms,
@@ -128,7 +128,7 @@ def _eager_on_a_cpu(problem: Problem, margin: Tensor) -> bool:
     """Whether the rows may be shared by threads, and looked at."""
     # A function of the user's is called once, by the thread that called us. A mode that looks at every torch call, such as a
     # tracer's, does not see those of other threads.
-    return margin.device.type == "cpu" and problem.emphasis.family is not None and is_eager()
+    return margin.device.type == "cpu" and problem.emphasis.family is not None and is_eager() and is_plain(margin)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -204,10 +204,12 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
             return None
         log_p, log_q = _cpu.logarithms(margins)
         log_w = log_weight(log_p, log_q)
+        value = -log_p if loss is None else loss(log_p, log_q)
+        if log_w.shape != margins.shape or value.shape != margins.shape:
+            return None
         top = log_w.amax().clamp(min=LOG_FLOOR)
         if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
             return None
-        value = -log_p if loss is None else loss(log_p, log_q)
         options = (top, normalizer is not None, loss is not None, coefficient)
         weights, values = _cpu.weigh(log_w, log_q, value, eps_or_none, *options)
         kept = Weights(log_w, margins.new_ones(()).expand_as(margins)) if keep_weights else None

@@ -26,6 +26,11 @@ def is_eager() -> bool:
     return torch._C._get_tracing_state() is None
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of numbers and nothing else: no subclass, and no batch of those that batched gradients make."""
+    return type(tensor) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 class Operator:
     """An operator with its fake kernel and its derivative.
 
@@ -61,7 +66,7 @@ class Operator:
             return self.definition(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if (wanted and self._derivative is None) or not all(type(tensor) in _PLAIN for tensor in tensors):
+        if (wanted and self._derivative is None) or not all(map(is_plain, tensors)):
             return self.definition(*args)
         for number in self._mutated:
             increment_version(args[number])

@@ -259,13 +259,15 @@ def _(logits, target, ignore_index, transform=None):
 @operator("fused_dm::scale_rows3_", mutates_args=["matrix"])
 def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> None:
     """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place."""
-    finite = dvalue.dim() == 0 and math.isfinite(dvalue)
-    if not finite:
-        coefficient = _times(coefficient, dvalue)
-    elif dvalue != 1:
-        coefficient = coefficient * dvalue
-    # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
-    _cpu.scale_rows_(matrix, coefficient / norm)
+    # A forked child would wait for threads that it has not, were there a call outside.
+    with _cpu.calm():
+        finite = dvalue.dim() == 0 and math.isfinite(dvalue)
+        if not finite:
+            coefficient = _times(coefficient, dvalue)
+        elif dvalue != 1:
+            coefficient = coefficient * dvalue
+        # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
+        _cpu.scale_rows_(matrix, coefficient / norm)
 
 
 @operator("fused_dm::attach_direction2")

@@ -207,12 +207,18 @@ def _margin_plan(logits: _Logits, ignore_index: int) -> _Margin:
     return _Margin(split, kernel)
 
 
-@functools.lru_cache(PLANS)
-def _batch_plan(logits: _Logits, family: str, ignore_index: int) -> _Batch:
-    """Of the loss; with the gradient written too where there is a tensor for it, and the launch is not split."""
+def _forms(family: str) -> tuple[Any, Any]:
+    """The functions on the device of log w and, or None, of f. A plan depends on them: they may be registered anew."""
     log_weight, loss = kernels.FAMILIES.get(family) or DEVICE_FORMS.get(family, (None, None))
     if log_weight is None:
         raise ValueError(f"emphasis: expected a family that is registered in this process, got {family!r}")
+    return log_weight, loss
+
+
+@functools.lru_cache(PLANS)
+def _batch_plan(logits: _Logits, forms: tuple[Any, Any], ignore_index: int) -> _Batch:
+    """Of the loss; with the gradient written too where there is a tensor for it, and the launch is not split."""
+    log_weight, loss = forms
     fused, device = logits.out_stride is not None, _properties(logits.device)
     layout = logits.layout()
     sizes = layout.sizes
@@ -322,7 +328,7 @@ def loss_and_rows(
 
     The logits are (N, V) or (images, V, D). One launch or two, and where few rows have many classes one more for `out`.
     """
-    plan = _batch_plan(_of(logits, transform, out), family, ignore_index)
+    plan = _batch_plan(_of(logits, transform, out), _forms(family), ignore_index)
     dtype, target = compute_dtype(logits.dtype), target.contiguous()
     rows = logits.new_empty((7, target.shape[0]), dtype=dtype)
     loss = logits.new_empty((), dtype=dtype)

@@ -128,8 +128,8 @@ FAULTS = [
     Fault("CPU: planes of 16 bits scaled by the first factors", "fused_dm/_walk.py", "factor.narrow(0, number * positions, positions)", "factor.narrow(0, 0, positions)"),
     Fault("CPU: the first part left out for what is done beside", "fused_dm/_cpu.py", "first = (number - extra) * size", "first = number * size"),
     Fault("CPU: a large sum times a large slope", "fused_dm/_cpu.py", "undivided=transform is None, beside", "undivided=True, beside"),
-    Fault("CPU: divided by the norm before a large dloss", "fused_dm/_operators.py", "        coefficient = coefficient * dvalue\n", "        coefficient, norm = coefficient / norm * dvalue, 1\n"),
-    Fault("CPU: dloss taken for 1", "fused_dm/_operators.py", "    elif dvalue != 1:", "    elif dvalue != dvalue:"),
+    Fault("CPU: divided by the norm before a large dloss", "fused_dm/_operators.py", "            coefficient = coefficient * dvalue\n", "            coefficient, norm = coefficient / norm * dvalue, 1\n"),
+    Fault("CPU: dloss taken for 1", "fused_dm/_operators.py", "        elif dvalue != 1:", "        elif dvalue != dvalue:"),
     # Order N
     Fault("rows: ignored rows counted by mean", "fused_dm/_rows.py", "return valid.sum().clamp(min=1).double()", "return torch.ones_like(valid).sum().clamp(min=1).double()"),
     Fault("rows: mean divides by the number of weights", "fused_dm/_rows.py", "total.sum(), torch.ones_like", "(total != 0).double().sum(), torch.ones_like"),
@@ -190,6 +190,10 @@ FAULTS = [
     Fault("operators: fp16 gradients written before their scale is known", "fused_dm/_loss.py", "IN_FORWARD = (torch.float32, torch.bfloat16)", "IN_FORWARD = (torch.float32, torch.bfloat16, torch.float16)"),
     Fault("operators: batches of vmap share a buffer", "fused_dm/_loss.py", "shares = _validation.is_batched(problem.logits)", "shares = False"),
     Fault("operators: a direct call does not tell what it overwrites", "fused_dm/_operator.py", "            increment_version(args[number])\n", "            pass\n"),
+    Fault("plans: a family that is registered anew", "fused_dm/_triton.py", "_batch_plan(_of(logits, transform, out), _forms(family), ignore_index)", "_batch_plan(_of(logits, transform, out), globals().setdefault(family, _forms(family)), ignore_index)"),
+    Fault("CPU: a forked child waits for threads", "fused_dm/_operators.py", "    with _cpu.calm():\n        finite", "    if True:\n        finite"),
+    Fault("operators: called directly with a batch of gradients", "fused_dm/_operator.py", "type(tensor) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(tensor)", "type(tensor) in _PLAIN"),
+    Fault("rows: looked at though they are of a subclass", "fused_dm/_loss.py", "is_eager() and is_plain(margin)", "is_eager()"),
     Fault("operators: called directly although a mode looks", "fused_dm/_operator.py", "if _get_current_dispatch_mode() is not None or ", "if "),
     # Launches that are planned once, and rows that are read while others are written
     Fault("plans: another alignment's compilation", "fused_dm/_triton.py", "t is None or (t.dtype, t.data_ptr() % 16 == 0)", "t is None or (t.dtype, True)"),

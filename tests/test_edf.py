@@ -599,6 +599,16 @@ def test_a_family_of_another_process_is_named_in_the_error():
         _operators.triton_loss(logits, target, None, params, None, "other.edf:0123", -100)
 
 
+def test_a_family_registered_anew_is_the_new_one(monkeypatch):
+    from fused_dm.edf._custom import DEVICE_FORMS
+
+    batch, emphasis = make(7, 10), ridge(beta=4)
+    check(*run("triton", *batch, emphasis, eps=0.0), expected(*batch, emphasis, eps=0.0))
+    monkeypatch.setitem(DEVICE_FORMS, emphasis.family, (wrong_on_device, None))
+    truth = expected(*batch, lambda log_p, log_q: log_p + 2 * log_q, eps=0.0)
+    check(*run("triton", *batch, emphasis, eps=0.0), truth)
+
+
 # ---- check
 
 

@@ -8,7 +8,7 @@ from batches import DTYPES, GPU, device_of, make, run
 from tolerance import check, expected
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_dm import DMLoss, _operators, dm_loss, edf
+from fused_dm import DMLoss, _operators, dm_loss, edf, margin
 
 DM = edf.DM(beta=8, lambd=0.5)
 PARAMS = torch.tensor([1e-6, 8.0, 0.5], dtype=torch.float64)
@@ -99,6 +99,31 @@ def test_operators_called_directly_and_by_the_dispatcher_agree(impl, options, dt
     assert any(name.startswith("fused_dm::") for name in seen.names)
     for direct, dispatched in zip(*found, strict=True):
         assert torch.equal(direct, dispatched)
+
+
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "none"])
+def test_a_tensor_that_holds_others_gives_what_each_of_them_gives(reduction):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    (first, target), (second, _) = make(8, 5), make(8, 5, seed=1)
+    expected_losses = [dm_loss(logits, target, edf.CCE(), reduction=reduction) for logits in (first, second)]
+    loss = dm_loss(TwoTensor(first, second), target, edf.CCE(), reduction=reduction)
+    assert torch.equal(loss.a, expected_losses[0])
+    assert torch.equal(loss.b, expected_losses[1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("of", ["margin", "loss"])
+def test_batched_gradients_are_those_one_by_one(impl, of):
+    logits, target = make(4, 5, torch.float64)
+    leaf = logits.to(device_of(impl)).requires_grad_()
+    labels = target.to(leaf.device)
+    values = margin(leaf, labels, impl=impl) if of == "margin" else dm_loss(leaf, labels, DM, reduction="none", impl=impl)
+    each = torch.eye(4, dtype=torch.float64, device=leaf.device)
+    (batched,) = torch.autograd.grad(values, leaf, each, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(values, leaf, one, retain_graph=True)[0] for one in each]
+    assert torch.equal(batched, torch.stack(singly))
 
 
 @pytest.fixture
