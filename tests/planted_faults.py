@@ -276,7 +276,6 @@ FIRST = {
     "EDF": ["test_edf_catalogue", "test_edf"],
     "schedule": ["test_schedules"],
     "module": ["test_schedules", "test_operators"],
-    "operators: a direct": ["test_inplace"],
     "operators": ["test_operators", "test_transforms"],
     "CPU": ["test_cpu"],
     "rows": ["test_cpu", "test_edges"],

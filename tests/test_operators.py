@@ -72,6 +72,17 @@ def test_opcheck(impl, dtype, shape):
         torch.library.opcheck(operator.definition, args)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_what_an_operator_overwrites_has_another_version(impl):
+    for operator, args in operators(torch.float32, impl):
+        schema = operator.definition._opoverload._schema
+        written = [number for number, argument in enumerate(schema.arguments) if argument.is_write]
+        before = [arg._version if isinstance(arg, torch.Tensor) else 0 for arg in args]
+        operator(*args)
+        after = [arg._version if isinstance(arg, torch.Tensor) else 0 for arg in args]
+        assert [number for number in range(len(args)) if before[number] != after[number]] == written
+
+
 class _Seen(TorchDispatchMode):
     """A mode that looks at every torch call."""
 
