@@ -278,6 +278,7 @@ FIRST = {
     "module": ["test_schedules", "test_operators"],
     "operators": ["test_operators", "test_transforms"],
     "CPU": ["test_cpu"],
+    "rows: looked at": ["test_operators"],
     "rows": ["test_cpu", "test_edges"],
     "transform": ["test_softcap"],
     "linear": ["test_linear"],
