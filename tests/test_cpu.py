@@ -128,6 +128,17 @@ def test_long_rows_of_16_bits_are_scaled_in_fp32(dtype, special, small_bytes, mo
     assert len(taken) == (1 if math.isfinite(special) else 0)
 
 
+def test_a_weight_that_overflows_times_a_value_of_0_is_0():
+    logits, target = torch.tensor([[1000.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 0])
+    options = {"reduction": "sum", "normalizer": 2.0}
+    emphasis = edf.Normal(psi=1, beta=200)
+    truth = expected(logits, target, emphasis, **options)
+    assert truth.loss.isfinite()
+    with torch.no_grad():
+        loss = dm_loss(logits, target, emphasis, **options)
+    assert (loss - truth.loss).abs() <= truth.allowed["loss"]
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("planes", [1, 3])
