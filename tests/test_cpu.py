@@ -31,6 +31,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS", 2000)
     monkeypatch.setattr(_cpu, "WIDE_BLOCK_ELEMENTS", 3000)
     monkeypatch.setattr(_cpu, "PIECE_ROWS", 64)
+    monkeypatch.setattr(_cpu, "STEP_ROWS", 24)
 
 
 # (B, V, d1, ...), each with its reason, for blocks of 2000 elements.
