@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ HUGE_BYTES = 1 << 22
 HUGE_PAGE = 1 << 21
 # Of Linux 5.14; older ones answer that they do not know it.
 MADV_POPULATE_WRITE = 23
-# Classes of a row from which the quicker call for 16 bits is quicker, and bytes which it takes at once.
+# Classes of a row, or positions of a plane, from which the quicker call for 16 bits is quicker; bytes of rows that it takes at
+# once.
 LONG = 512
 SMALL_BYTES = 1 << 24
 # Positions of a block are a multiple of this many, so that every class begins on a cache line.
@@ -263,18 +264,9 @@ def logarithms(margins: Tensor) -> tuple[Tensor, Tensor]:
     return walks().logarithms(margins, STEP_ROWS)
 
 
-def weigh(
-    log_weight: Tensor,
-    log_q: Tensor,
-    value: Tensor,
-    eps: Tensor | None,
-    top: Tensor,
-    absolute: bool,
-    has_loss: bool,
-    coefficient: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Sums of weights and of values; and coefficients (N,): see `_walk.weigh`."""
-    return walks().weigh(log_weight, log_q, value, eps, top, absolute, has_loss, coefficient, STEP_ROWS)
+def weigh(*numbers: Any) -> tuple[Tensor, Tensor]:
+    """`_walk.weigh`, some rows at a time."""
+    return walks().weigh(*numbers, STEP_ROWS)
 
 
 # ---- Blocks
