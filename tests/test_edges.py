@@ -271,3 +271,14 @@ def test_a_row_without_a_value_is_not_correct(impl, row):
         output, _ = run(impl, logits, torch.tensor([2, 2]), DM, reduction="none")
     assert output.loss.isnan().tolist() == [True, False]
     assert output.correct.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nan_reaches_the_sum_of_weights_that_do_not_depend_on_it(impl):
+    """An EDF that is the same for every p would give the row of the nan a weight like any other."""
+    logits, target = make(4, 6)
+    logits[1, 2] = torch.nan
+    output, dlogits = run(impl, logits, target, edf.Uniform())
+    assert output.sum_weight.isnan()
+    assert output.loss.isnan()
+    assert dlogits.isnan().all()
