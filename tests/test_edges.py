@@ -274,11 +274,12 @@ def test_a_row_without_a_value_is_not_correct(impl, row):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_nan_reaches_the_sum_of_weights_that_do_not_depend_on_it(impl):
-    """An EDF that is the same for every p would give the row of the nan a weight like any other."""
+@pytest.mark.parametrize("emphasis", [edf.Uniform(), edf.TruncatedGCE(), edf.SelfPaced(threshold=2)], ids=str)
+def test_nan_reaches_the_sum_of_weights_that_do_not_depend_on_it(impl, emphasis):
+    """A weight that is constant, or 0 unless a comparison holds, would count the row of the nan as any other or not at all."""
     logits, target = make(4, 6)
     logits[1, 2] = torch.nan
-    output, dlogits = run(impl, logits, target, edf.Uniform())
+    output, dlogits = run(impl, logits, target, emphasis)
     assert output.sum_weight.isnan()
     assert output.loss.isnan()
     assert dlogits.isnan().all()
