@@ -74,6 +74,15 @@ def test_nan_and_extremes_go_every_way(way, reduction):
         assert not dlogits[[0, 2, 4]].isnan().any()
 
 
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE()], ids=str)
+def test_partial_sums_of_more_programs_than_are_added_at_once(emphasis):
+    """Rows alone, four a program, and sums of two programs a round: four programs, two rounds."""
+    logits, target = make(15, 4100, torch.float32, seed=5)
+    truth = expected(logits, target, emphasis)
+    with forced("several tiles"):
+        check(*run("triton", logits, target, emphasis), truth)
+
+
 @pytest.mark.parametrize("way", KINDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_way_repeats_to_the_bit(way, reduction):
