@@ -108,9 +108,11 @@ def task(trial: Trial, logits: Tensor, target: Tensor) -> Callable[[Any], Any]:
 @contextlib.contextmanager
 def launched(trial: Trial) -> Iterator[None]:
     _triton.forget_plans()
-    with mock.patch.object(_launch, trial.kernel, return_value=trial.launch):
-        yield
-    _triton.forget_plans()
+    try:
+        with mock.patch.object(_launch, trial.kernel, return_value=trial.launch):
+            yield
+    finally:
+        _triton.forget_plans()
 
 
 def compile_trial(trial: Trial) -> str:
