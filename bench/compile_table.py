@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_dm import _launch
+from fused_dm import _launch, _triton
 from fused_dm._launch import H100, Launch, Sizes
 
 TARGETS = {
@@ -50,6 +50,9 @@ PASSES = {
 EXP_PER_ROW = 6
 # And for a part of a row that a thread keeps: rescaling it at a block, and at the end.
 EXP_PER_LANE = 2
+# And for rows that begin anywhere: passes over the elements of their edges, and for a row rescaling its sum, that of the edges,
+# and what is in registers.
+EXP_OF_EDGES = {"margin": (1, 2), "forward": (1, 2), "split": (1, 2), "batch": (1, 2), "gradient": (1, 0), "fused": (2, 3)}
 # And those of the EDF: calls of exp, expm1_negative, softplus and log_sum in its log_weight and its f; a log_sum and a softplus
 # of the same difference share theirs.
 EXP_OF_FAMILY = {
@@ -91,15 +94,24 @@ class Case:
     rows: int = 8192
     # Parts of a row whose statistics the launch combines; 0 where it reads the logits.
     parts: int = 0
+    # The logits lie otherwise than their gradient does.
+    apart: bool = False
     # Arguments that this launch makes constants: None, 1, a flag. RUN_TIME makes one an argument that is None elsewhere.
     constants: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
-    def sizes(self) -> Sizes:
-        itemsize = ITEMSIZE[self.dtype]
+    def layout(self) -> _triton._Layout:
+        stride = (self.classes, 1)
+        shape: tuple[int, ...] = (self.rows, self.classes)
         if self.positions:
-            return Sizes(self.rows // self.positions, self.positions, self.classes, itemsize, True, self.unit > 1)
-        return Sizes(1, self.rows, self.classes, itemsize, False, self.unit > 1)
+            stride = (self.classes * self.positions, self.positions, 1)
+            shape = (self.rows // self.positions, self.classes, self.positions)
+        other = (stride[0] + 1, *stride[1:]) if self.apart else stride
+        return _triton._Layout(shape, ITEMSIZE[self.dtype], logits=other, dlogits=stride)
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.layout.sizes
 
     @property
     def launch(self) -> Launch:
@@ -112,20 +124,12 @@ class Case:
             return _launch.gradient(self.sizes, H100, whole_rows=self.kernel == "multiply")
         if self.kernel == "pipelined":
             return _launch.pipelined(self.sizes, H100, 8192, 16, 1)
-        if self.kernel == "fused":
-            chosen = _launch.fused(self.sizes, H100, capped="CAPPED" in self.constants)
-        else:
-            chosen = {"margin": _launch.margin}.get(self.kernel, _launch.forward)(self.sizes, H100)
+        choose = {"fused": _launch.fused, "margin": _launch.margin}.get(self.kernel, _launch.forward)
+        chosen = choose(self.sizes, H100, capped="CAPPED" in self.constants)
         way = {"split": "split", "batch": "alone"}.get(self.kernel, "tiles")
         if chosen.way != way:
             raise ValueError(f"{self}: expected a shape that is launched by {way}, got {chosen}")
         return chosen
-
-    @property
-    def unit(self) -> int:
-        """Elements in 16 bytes, if the adjacent dimension is a multiple of them."""
-        vector = 16 // ITEMSIZE[self.dtype]
-        return vector if (self.positions or self.classes) % vector == 0 else 1
 
     @property
     def label(self) -> str:
@@ -133,6 +137,8 @@ class Case:
         name = f"{self.classes}"
         if self.positions:
             name += f" x {self.positions}"
+        if self.apart:
+            name += " apart"
         return f"{name} / {self.parts}" if self.parts else name
 
 
@@ -148,7 +154,7 @@ class Row:
     classes: str
     aligned: bool
     one_block: bool
-    spatial: bool
+    layout: str
     combines: bool
     capped: bool
     lanes: int
@@ -191,7 +197,7 @@ class Row:
                 found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
         # Rows that a thread has a part of.
         rows = max(1, min(self.block_n, self.elements // vector if self.aligned else self.elements))
-        if self.spatial:
+        if self.layout == "positions":
             rows = max(rows, vector)
         # A softcap takes the exponentials of a tanh; the fused kernel does it once more, for the slope of its last block.
         per_element = passes + 2 * (passes + (self.kernel == "fused")) if self.capped else passes
@@ -200,9 +206,13 @@ class Row:
             # The gradient of the label's block is another branch than that of the others: of the two one is run.
             per_element += self.kernel in ("gradient", "fused", "pipelined")
             per_row += EXP_PER_LANE
+        passes_of_edges, more_of_row = EXP_OF_EDGES.get(self.kernel, (0, 0)) if self.layout == "shifted" else (0, 0)
+        threads = self.warps * TARGETS[self.target].warp_size
+        edges = passes_of_edges * math.ceil(self.block_n * 2 * vector / threads)
+        per_row += more_of_row
         # For AMD the loops come in up to three copies, peeled or unrolled.
         copies = 3 if self.target.startswith("gfx") else 1
-        allowed = copies * (per_element * self.elements + per_row * rows)
+        allowed = copies * (per_element * self.elements + per_row * rows + edges * (per_element // passes))
         if self.exps > allowed:
             found.append(f"{self.exps} exponentials for {self.elements} elements, expected at most {allowed}")
         return found
@@ -222,7 +232,9 @@ CASES = [
     Case("batch", "bf16", 10**7, rows=16, parts=66),
     *(Case("batch", dtype, 100, rows=32) for dtype in ("bf16", "fp32")),
     Case("batch", "bf16", 104, rows=128),
-    *(Case(kernel, "bf16", classes) for kernel in ("forward", "gradient", "fused") for classes in (10, 100, 1001)),
+    *(Case(kernel, "bf16", classes) for kernel in ("forward", "gradient", "fused") for classes in (10, 100, 1001, 3001)),
+    *(Case(kernel, "fp32", classes) for kernel in ("forward", "gradient", "fused") for classes in (1001, 50257)),
+    *(Case(kernel, "bf16", classes, apart=True) for kernel in ("gradient", "fused") for classes in (1001, 50257)),
     *(Case(kernel, "bf16", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "fp32", 1000, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "bf16", 21, **ODD_IMAGE) for kernel in ("forward", "gradient", "fused")),
@@ -239,6 +251,12 @@ VARIANTS = [
     *(Case("batch", dtype, 100, rows=32) for dtype in ("fp16", "fp64")),
     *(Case(kernel, "fp64", classes) for kernel in ("forward", "gradient", "fused") for classes in (40, 64, 100, 101, 200)),
     Case("batch", "fp64", 10**7, rows=16, parts=66),
+    *(Case(kernel, dtype, 50257) for kernel in ("margin", "multiply") for dtype in ("bf16", "fp64")),
+    *(Case(kernel, "fp64", classes) for kernel in ("forward", "gradient", "fused") for classes in (1001, 50257)),
+    *(Case("fused", "bf16", classes) for classes in (5001, 128257)),
+    *(Case("fused", "bf16", 50257, family, weighted=True) for family in ("js", "agce")),
+    Case("split", "bf16", 10**7 + 1, rows=16),
+    *(Case(kernel, "bf16", 50257, constants=CAPPED) for kernel in ("forward", "gradient", "fused")),
     Case("margin", "fp32", 10**7, rows=1, parts=1056),
     *(Case(kernel, "fp64", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "bf16", 21, **IMAGE) for kernel in ("margin", "multiply")),
@@ -268,8 +286,8 @@ def compile_case(case: Case, target: GPUTarget):
     constants = {
         "LOG_WEIGHT": log_weight,
         "LOSS": loss,
-        "UNIT": case.unit,
-        "SPATIAL": bool(case.positions),
+        "UNIT": case.layout.unit,
+        "LAYOUT": case.layout.layout,
         "SKIP_ONE": False,
         "transform_ptr": None,
         "CAPPED": False,
@@ -316,7 +334,10 @@ def compile_case(case: Case, target: GPUTarget):
     divisible = [name for name in names if name in types and name not in constants] + (["SPAN"] if "SPAN" in names else [])
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": launch.num_warps, "enable_fp_fusion": True})
+    options: dict[str, object] = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    if launch.registers and target.backend == "cuda" and target.arch < _launch.ARCH_UNLIMITED:
+        options["maxnreg"] = launch.registers
+    return triton.compile(source, target=target, options=options)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -389,9 +410,9 @@ def measure(case: Case, name: str) -> Row:
         dtype=case.dtype,
         family=case.family,
         classes=case.label,
-        aligned=case.unit > 1,
+        aligned=case.layout.unit > 1,
         one_block=launch.span == launch.block_v,
-        spatial=bool(case.positions),
+        layout=case.layout.layout,
         combines=bool(case.parts),
         capped="CAPPED" in case.constants,
         lanes=launch.lanes,

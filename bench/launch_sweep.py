@@ -43,12 +43,13 @@ class Trial:
     def label(self) -> str:
         launch = self.launch
         parts = f"{launch.block_n}x{launch.block_v}, {launch.num_warps} warps, {launch.stages} stages, {launch.lanes} lanes"
-        return f"{launch.way} {parts}, {launch.spans(sizes_of(self.case))} spans, {launch.repeat} tiles"
+        most = f", {launch.registers} registers" if launch.registers else ""
+        return f"{launch.way} {parts}, {launch.spans(sizes_of(self.case))} spans, {launch.repeat} tiles{most}"
 
 
 def sizes_of(case: Case) -> Sizes:
     itemsize = getattr(torch, case.dtype).itemsize
-    return Sizes(1, case.rows, case.classes, itemsize, False, case.classes * itemsize % 16 == 0)
+    return _triton._Layout((case.rows, case.classes), itemsize, logits=(case.classes, 1)).sizes
 
 
 def chosen(kernel: str, case: Case) -> Launch:
@@ -66,7 +67,7 @@ def trials(kernel: str, case: Case) -> list[Trial]:
         span = -(-first.span // block_v) * block_v
         if block_v * stages * sizes.itemsize <= 200_000:
             found.append(
-                Launch(first.way, rows, block_v, warps, span, first.stream, 32 * warps if several else 1, stages, repeat)
+                Launch(first.way, rows, block_v, warps, span, first.stream, 32 * warps if several else 1, stages, repeat=repeat)
             )
 
     if case.classes > 4096:
@@ -79,7 +80,7 @@ def trials(kernel: str, case: Case) -> list[Trial]:
                 add(1, block_v, warps, 1, repeat)
         # Those whose registers do not spill, and as many programs as a multiprocessor has registers for, or L2 room.
         pipelined = [(4096, 4, 2), (4096, 8, 1), (4096, 8, 2), (8192, 8, 1), (8192, 16, 1), (8192, 16, 0.75), (16384, 16, 1)]
-        for block_v, warps, resident in pipelined if kernel == "fused" and first.way == "tiles" else ():
+        for block_v, warps, resident in pipelined if kernel == "fused" and first.way == "tiles" and not sizes.shift else ():
             device = _triton._properties(torch.device("cuda", 0))
             found.append(_launch.pipelined(sizes, device, block_v, warps, resident))
     else:

@@ -15,6 +15,10 @@ RESIDENT = 8
 ROW_ELEMENTS = 32768
 # One program alone saves a launch, about 2 us, and takes a memory round trip and two reductions, about 1 us, for each tile.
 TILES_ALONE = 4
+# Rows of more classes that begin anywhere are read 16 bytes at a time, but for their edges.
+SHIFTED = 16
+# From this architecture of NVIDIA's on a kernel's registers are left to the compiler: it would spill some.
+ARCH_UNLIMITED = 100
 # Bytes that an H100 moves while it starts one more launch.
 LAUNCH_BYTES = 6 << 20
 
@@ -26,9 +30,10 @@ class Device(NamedTuple):
     l2_bytes: int  # 0 where it is not known
     warp: int = 32  # threads
     least: int = 0  # elements of a tile of whole rows, where that is more than what is best on a GPU
+    limits: bool = False  # its compiler may be told how many registers a thread has at most
 
 
-H100 = Device(132, 50 << 20)
+H100 = Device(132, 50 << 20, limits=True)
 # The interpreter stands in for one, with tiles as large as they may be: its time goes by programs.
 INTERPRETER = H100._replace(least=TILE)
 
@@ -42,6 +47,12 @@ class Sizes(NamedTuple):
     itemsize: int
     spatial: bool = False  # the classes are not adjacent in memory; where anything is, it is the positions
     aligned: bool = True  # the adjacent dimension is read 16 bytes at a time
+    shift: int = 0  # elements by which rows may begin after a multiple of 16 bytes
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row from the 16 bytes in which it begins."""
+        return self.classes + self.shift
 
     @property
     def rows(self) -> int:
@@ -68,6 +79,7 @@ class Launch(NamedTuple):
     stream: bool = False  # what is read or written is not wanted again: it leaves the L2 cache first
     lanes: int = 1  # parts of a row's statistics that are kept apart until its last block; 1 for a row in one
     stages: int = 1  # blocks on their way at a time
+    registers: int = 0  # of a thread at most, so that as many programs fit as were measured; 0 for as many as it takes
     repeat: int = 1  # tiles that a program of the forward or the pipelined kernel owns, one after another
 
     def tiles(self, sizes: Sizes) -> int:
@@ -80,7 +92,7 @@ class Launch(NamedTuple):
 
     def spans(self, sizes: Sizes) -> int:
         """Programs that share a row."""
-        return _cdiv(sizes.classes, self.span)
+        return _cdiv(sizes.columns, self.span)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -91,9 +103,14 @@ def _power_of_2(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
 
 
+def shifted(classes: int) -> bool:
+    """Whether to read rows that begin anywhere 16 bytes at a time."""
+    return classes > SHIFTED
+
+
 def _rows(sizes: Sizes, device: Device, elements: int, per_warp: int) -> Launch:
     """Several rows whole, of so many elements together; at least one."""
-    width = _power_of_2(max(16, sizes.classes))
+    width = _power_of_2(max(16, sizes.columns))
     elements = max(elements, device.least)
     if sizes.itemsize == 8:
         elements, per_warp = elements // 2, per_warp // 2
@@ -105,7 +122,7 @@ def _rows(sizes: Sizes, device: Device, elements: int, per_warp: int) -> Launch:
 
 def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: int = 1) -> Launch:
     """One row in blocks. A number for each thread, so that its threads meet once, not at every block."""
-    span = _cdiv(sizes.classes, block_v) * block_v
+    span = _cdiv(sizes.columns, block_v) * block_v
     lanes = device.warp * num_warps if span > block_v else 1
     return Launch("tiles", 1, block_v, num_warps, span, lanes=lanes, stages=stages if span > block_v else 1)
 
@@ -113,29 +130,29 @@ def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: 
 def _spatial(sizes: Sizes) -> Launch:
     """Where the positions are the adjacent dimension, 128 of them make the segments that a warp reads whole."""
     block_n = min(128, _power_of_2(max(16, sizes.positions)))
-    block_v = min(_power_of_2(max(16, sizes.classes)), TILE // block_n)
-    return Launch("tiles", block_n, block_v, 8, _cdiv(sizes.classes, block_v) * block_v)
+    block_v = min(_power_of_2(max(16, sizes.columns)), TILE // block_n)
+    return Launch("tiles", block_n, block_v, 8, _cdiv(sizes.columns, block_v) * block_v)
 
 
 def _cut(way: str, launch: Launch, sizes: Sizes, programs: int) -> Launch:
     """Rows cut along the classes into as many spans as it takes for that many programs."""
-    blocks = _cdiv(sizes.classes, launch.block_v)
+    blocks = _cdiv(sizes.columns, launch.block_v)
     spans = _cdiv(programs, max(1, launch.tiles(sizes)))
     return launch._replace(way=way, span=_cdiv(blocks, min(spans, blocks)) * launch.block_v)
 
 
-def forward(sizes: Sizes, device: Device) -> Launch:
+def forward(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     """Of the launch that reads the logits once: alone, tiles or split."""
     if sizes.spatial:
         launch = _spatial(sizes)
-    elif sizes.classes <= TILE:
+    elif sizes.columns <= TILE:
         launch = _rows(sizes, device, TILE, TILE // 8)
     else:
         launch = _blocks(sizes, device, TILE, 8)
-    if launch.tiles(sizes) * _cdiv(sizes.classes, launch.block_v) <= TILES_ALONE:
+    if launch.tiles(sizes) * _cdiv(sizes.columns, launch.block_v) <= TILES_ALONE:
         # A program that has the device for itself gains by more warps, and leaves nobody without.
         return launch._replace(way="alone", num_warps=8)
-    launch = margin(sizes, device)
+    launch = margin(sizes, device, capped)
     if launch.way == "split" or sizes.spatial:
         return launch
     # The arithmetic of a row waits for that of others, as far as that leaves two programs for every place.
@@ -148,19 +165,22 @@ def tiles(sizes: Sizes, device: Device) -> Launch:
     """Of a pass over whole rows that leaves numbers of them."""
     if sizes.spatial:
         return _spatial(sizes)
-    if sizes.classes <= TILE:
-        return _rows(sizes, device, 2048 if sizes.classes <= 512 else 1024, 1024)
+    if sizes.columns <= TILE:
+        return _rows(sizes, device, 2048 if sizes.columns <= 512 else 1024, 1024)
     if not sizes.aligned:
         return _blocks(sizes, device, 2048, 4)
     few = sizes.rows < device.multiprocessors
-    return _blocks(sizes, device, TILE, 4 if few or sizes.classes <= 65536 else 8)
+    return _blocks(sizes, device, TILE, 4 if few or sizes.columns <= 65536 else 8)
 
 
-def margin(sizes: Sizes, device: Device) -> Launch:
+def margin(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     """Of the margin's forward, which has no sum over the batch: tiles or split."""
     launch = tiles(sizes, device)
-    if launch.tiles(sizes) >= device.multiprocessors or sizes.classes <= launch.block_v:
+    if launch.tiles(sizes) >= device.multiprocessors or sizes.columns <= launch.block_v:
         return launch
+    if device.limits and not (capped or sizes.spatial or sizes.itemsize == 8):
+        # As many programs of 4 warps as the spans are made for. Triton 3.6 takes no more by itself, 3.7 would.
+        launch = launch._replace(registers=64)
     return _cut("split", launch, sizes, RESIDENT * device.multiprocessors)
 
 
@@ -172,24 +192,27 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     """
     if sizes.spatial:
         launch = _spatial(sizes)
-    elif sizes.classes <= TILE:
-        launch = _rows(sizes, device, 2048 if sizes.classes <= 512 else 1024, 512 if sizes.classes <= 1024 else 1024)
+    elif sizes.columns <= TILE:
+        launch = _rows(sizes, device, 2048 if sizes.columns <= 512 else 1024, 512 if sizes.columns <= 1024 else 1024)
     elif capped:
         launch = _blocks(sizes, device, min(2 * TILE, 65536 // sizes.itemsize), 8)
     elif not sizes.aligned:
         launch = _blocks(sizes, device, 2048, 4, stages=2)
-    elif sizes.classes <= 65536:
+    elif sizes.columns <= 65536:
         launch = _blocks(sizes, device, *{2: (2 * TILE, 8), 4: (2 * TILE, 16), 8: (TILE, 8)}[sizes.itemsize])
+        if sizes.itemsize == 2 and sizes.columns > launch.block_v and device.limits:
+            # Three programs on a multiprocessor. Triton 3.6 takes no more by itself, 3.7 would.
+            launch = launch._replace(registers=80)
     else:
         launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), 32, stages=2)
     programs = launch.tiles(sizes)
-    if 0 < programs < device.multiprocessors and sizes.classes > TILE:
+    if 0 < programs < device.multiprocessors and sizes.columns > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.
         one = 2 * sizes.bytes * device.multiprocessors // programs
         three = (2 if sizes.bytes <= device.l2_bytes // 2 else 3) * sizes.bytes + LAUNCH_BYTES
         if three < one:
-            return margin(sizes, device)
-    return launch._replace(stream=sizes.classes > launch.block_v)
+            return margin(sizes, device, capped)
+    return launch._replace(stream=sizes.columns > launch.block_v)
 
 
 def pipelined(sizes: Sizes, device: Device, block_v: int, num_warps: int, resident: float) -> Launch:
@@ -208,7 +231,7 @@ def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:
     """
     if sizes.spatial:
         launch = _spatial(sizes)
-    elif sizes.classes <= 2048:
+    elif sizes.columns <= 2048:
         launch = _rows(sizes, device, 1024, 1024)
     elif sizes.aligned:
         launch = _blocks(sizes, device, 2048, 4, stages=3)

@@ -36,7 +36,8 @@ def _properties(device: torch.device) -> Device:
     found = torch.get_device_module(device).get_device_properties(device)
     # XPU has neither name.
     multiprocessors = found.multi_processor_count if hasattr(found, "multi_processor_count") else found.max_compute_units
-    return Device(multiprocessors, getattr(found, "L2_cache_size", 0), getattr(found, "warp_size", 32))
+    limits = device.type == "cuda" and torch.version.hip is None and 10 * found.major < _launch.ARCH_UNLIMITED
+    return Device(multiprocessors, getattr(found, "L2_cache_size", 0), getattr(found, "warp_size", 32), limits=limits)
 
 
 class _Kernel:
@@ -94,29 +95,35 @@ class _Layout:
             far = [stride for image, position, _ in strides.values() for stride in (image, position)]
             aligned = classes % unit == 0
         # Elements in 16 bytes if every row, or every class of an image, starts at a multiple of them, so that the compiler may
-        # load 128 bits; else 1.
-        self.unit = unit if aligned and all(stride % unit == 0 for stride in far) else 1
-        self.sizes = Sizes(images, positions, classes, itemsize, spatial, self.unit > 1)
+        # load 128 bits, or if rows start anywhere but equally in all tensors; else 1.
+        aligned = aligned and all(stride % unit == 0 for stride in far)
+        alike = len({(image % unit, position % unit) for image, position, _ in strides.values()}) == 1
+        shifted = not spatial and not aligned and alike and _launch.shifted(classes)
+        self.unit = unit if aligned or shifted else 1
+        self.layout = "positions" if spatial else "shifted" if shifted else "rows"
+        self.sizes = Sizes(images, positions, classes, itemsize, spatial, self.unit > 1, unit - 1 if shifted else 0)
         self.strides = {f"{name}_strides": self._in_units(of) for name, of in strides.items()}
 
     def _in_units(self, strides: tuple[int, int, int]) -> tuple[int, int, int]:
         image, position, of_class = strides
-        if self.sizes.spatial:
+        if self.layout == "shifted":
+            return image, position, 1
+        if self.layout == "positions":
             return image // self.unit, position, of_class // self.unit
         return image // self.unit, position // self.unit, 1
 
     def arguments(self, launch: Launch) -> dict[str, Any]:
         """Of every kernel over the logits; the strides apart."""
-        by_class, by_position = (1, self.unit) if self.sizes.spatial else (self.unit, 1)
         return {
-            "V": self.sizes.classes // by_class,
-            "D": self.sizes.positions // by_position,
+            "V": self.sizes.classes // self.unit if self.layout == "rows" else self.sizes.classes,
+            "D": self.sizes.positions // self.unit if self.layout == "positions" else self.sizes.positions,
             **self.strides,
             "UNIT": self.unit,
-            "SPATIAL": self.sizes.spatial,
+            "LAYOUT": self.layout,
             "BLOCK_N": launch.block_n,
             "BLOCK_V": launch.block_v,
             "num_warps": launch.num_warps,
+            **({"maxnreg": launch.registers} if launch.registers else {}),
             "enable_fp_fusion": True,
         }
 
@@ -190,7 +197,7 @@ def _split(layout: _Layout, launch: Launch, ignore_index: int, capped: bool) -> 
 @functools.lru_cache(PLANS)
 def _margin_plan(logits: _Logits, ignore_index: int) -> _Margin:
     layout, split = logits.layout(), None
-    launch = _launch.margin(layout.sizes, _properties(logits.device))
+    launch = _launch.margin(layout.sizes, _properties(logits.device), logits.capped)
     if launch.way == "split":
         split = _split(layout, launch, ignore_index, logits.capped)
         launch = split.combining
@@ -222,7 +229,7 @@ def _batch_plan(logits: _Logits, forms: tuple[Any, Any], ignore_index: int) -> _
     fused, device = logits.out_stride is not None, _properties(logits.device)
     layout = logits.layout()
     sizes = layout.sizes
-    launch = _launch.fused(sizes, device, logits.capped) if fused else _launch.forward(sizes, device)
+    launch = (_launch.fused if fused else _launch.forward)(sizes, device, logits.capped)
     family_forms = {"LOG_WEIGHT": log_weight, "LOSS": loss}
     fixed = {"N": sizes.rows, "ignore_index": ignore_index, "CAPPED": logits.capped, **family_forms}
     if launch.way in ("alone", "split"):

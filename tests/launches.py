@@ -40,7 +40,7 @@ def _small_blocks(sizes, device, way="tiles"):
     """Blocks so small that every row of the tests has several, each loaded before the one in front of it is worked on."""
     launch = _launch.tiles(sizes, device)
     block_v = 16
-    span = -(-sizes.classes // block_v) * block_v
+    span = -(-sizes.columns // block_v) * block_v
     return launch._replace(way=way, block_v=block_v, span=span, stream=True, lanes=1, stages=2)
 
 
@@ -49,8 +49,8 @@ def _row_in_blocks(sizes, device, way="tiles"):
     launch = _launch.tiles(sizes, device)
     if sizes.spatial:
         return launch._replace(way=way)
-    block_v = max(16, 1 << (-(-sizes.classes // 4) - 1).bit_length())
-    span = -(-sizes.classes // block_v) * block_v
+    block_v = max(16, 1 << (-(-sizes.columns // 4) - 1).bit_length())
+    span = -(-sizes.columns // block_v) * block_v
     lanes = 2 if span > block_v else 1
     return launch._replace(way=way, block_n=1, block_v=block_v, span=span, stream=True, lanes=lanes)
 
@@ -58,38 +58,38 @@ def _row_in_blocks(sizes, device, way="tiles"):
 def _pipelined(sizes, device):
     """Rows in blocks, one after another by the same program: not whole tiles of few classes, nor adjacent positions."""
     launch = _row_in_blocks(sizes, device)
-    return launch if sizes.spatial or launch.lanes == 1 else launch._replace(way="pipelined", repeat=3)
+    return launch if sizes.spatial or sizes.shift or launch.lanes == 1 else launch._replace(way="pipelined", repeat=3)
 
 
 # How each function of _launch answers, by the launch shape that is to be tried.
 WAYS = {
     "tiles": {
-        "forward": lambda sizes, device: _launch.tiles(sizes, device),
-        "margin": lambda sizes, device: _launch.tiles(sizes, device),
+        "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device),
+        "margin": lambda sizes, device, capped=False: _launch.tiles(sizes, device),
         "fused": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(stream=True),
     },
     "several tiles": {
-        "forward": lambda sizes, device: _launch.tiles(sizes, device)._replace(repeat=4),
+        "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(repeat=4),
         "totals": lambda programs: {"BLOCK": 2, "ONE_BLOCK": programs <= 2, "num_warps": 4},
     },
     "alone": {
-        "forward": lambda sizes, device: _launch.tiles(sizes, device)._replace(way="alone"),
+        "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(way="alone"),
         "fused": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(way="alone"),
     },
     "split": {
-        "forward": lambda sizes, device: _one_block_each("split", sizes, device),
-        "margin": lambda sizes, device: _one_block_each("split", sizes, device),
+        "forward": lambda sizes, device, capped=False: _one_block_each("split", sizes, device),
+        "margin": lambda sizes, device, capped=False: _one_block_each("split", sizes, device),
         "fused": lambda sizes, device, capped=False: _one_block_each("split", sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _one_block_each("spans", sizes, device),
     },
     "small blocks": {
-        "forward": lambda sizes, device: _small_blocks(sizes, device),
+        "forward": lambda sizes, device, capped=False: _small_blocks(sizes, device),
         "fused": lambda sizes, device, capped=False: _small_blocks(sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _small_blocks(sizes, device, "spans"),
     },
     "rows in blocks": {
-        "forward": lambda sizes, device: _row_in_blocks(sizes, device),
-        "margin": lambda sizes, device: _row_in_blocks(sizes, device),
+        "forward": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
+        "margin": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
         "fused": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _row_in_blocks(sizes, device, "spans"),
     },

@@ -7,10 +7,12 @@ from .numerics import INF
 from .reduction import fold, store_totals
 from .rows import (
     batch_sums,
+    block_of,
     class_offsets,
     combined_lanes,
     combined_parts,
     compared_label,
+    in_elements,
     in_words,
     load_label,
     no_statistics,
@@ -18,6 +20,8 @@ from .rows import (
     own_labels,
     own_positions,
     read_block,
+    read_edges,
+    row_shifts,
     row_starts,
     row_terms,
     rows_of_tiles,
@@ -26,6 +30,7 @@ from .rows import (
     store_statistics,
     store_terms,
     stored_margin,
+    with_edges,
     with_slope,
 )
 
@@ -34,7 +39,9 @@ from .rows import (
 def row_statistics(
     logits_ptr,
     start,
+    shift,
     target,
+    V,
     begin,
     end,
     active,
@@ -44,20 +51,28 @@ def row_statistics(
     transform_ptr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Maximum and sum of exp(z - max) over the classes from begin to end other than the label, in one pass."""
-    label = compared_label(target, LANES)
+    """Maximum and sum of exp(z - max) over the columns from begin to end other than the label's, in one pass."""
+    label = compared_label(target, shift, LANES)
     maxima, sums = no_statistics(dtype, BLOCK_N, LANES)
+    past = V if LAYOUT == "shifted" else end
+    if LAYOUT == "shifted":
+        edges = read_edges(logits_ptr, start, shift, V, begin, end, active, transform_ptr, CAPPED, UNIT)[0]
     for first in tl.range(begin, end, BLOCK_V, num_stages=1):
-        cols = first + tl.arange(0, BLOCK_V)
-        raw = read_block(logits_ptr, start, cols, end, read, strides, UNIT, SPATIAL, "")
-        logits, _ = with_slope(raw, cols, end, active, read, transform_ptr, CAPPED, SPATIAL)
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        inside = block_of(read, shift, cols, past, UNIT, LAYOUT)
+        raw = read_block(logits_ptr, start, cols, inside, strides, UNIT, LAYOUT, "")
+        inside = block_of(read & active, shift, cols, past, UNIT, LAYOUT)
+        logits, _ = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
         maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
-    return combined_lanes(maxima, sums, LANES)
+    row_max, row_sum = combined_lanes(maxima, sums, LANES)
+    if LAYOUT == "shifted":
+        row_max, row_sum = with_edges(row_max, row_sum, edges, shift, target, V, UNIT)
+    return row_max, row_sum
 
 
 @triton.jit
@@ -69,6 +84,7 @@ def own_statistics(
     N,
     V,
     D,
+    columns,
     parts,
     strides,
     ignore_index,
@@ -76,7 +92,7 @@ def own_statistics(
     transform_ptr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PARTS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,17 +108,20 @@ def own_statistics(
     if TILES > 1:
         exists &= row < N
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
-    start = row_starts(image, position, strides, UNIT, SPATIAL)
-    label_offset = class_offsets(target, strides, UNIT, SPATIAL)
+    start = row_starts(image, position, strides, UNIT, LAYOUT)
+    shift = row_shifts(image, position, strides, UNIT, LAYOUT)
+    label_offset = class_offsets(target + shift, strides, UNIT, LAYOUT)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
     if parts_ptr is None:
-        read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
+        read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
         row_max, row_sum = row_statistics(
             logits_ptr,
             start,
+            shift,
             target,
-            0,
             V,
+            0,
+            columns,
             valid,
             read,
             strides,
@@ -110,7 +129,7 @@ def own_statistics(
             transform_ptr,
             CAPPED,
             UNIT,
-            SPATIAL,
+            LAYOUT,
             BLOCK_N,
             BLOCK_V,
             LANES,
@@ -127,36 +146,36 @@ def split_kernel(
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
     parts_ptr,  # (2, parts, N) out: max, sum
     N,
-    V,  # in units of UNIT unless SPATIAL
-    D,  # positions of an image, in units of UNIT if SPATIAL
-    SPAN,  # classes of a part, a multiple of BLOCK_V
-    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    V,  # as in_elements takes it
+    D,  # positions of an image, likewise
+    SPAN,  # columns of a part, a multiple of BLOCK_V
+    logits_strides,  # of image, position and class, as row_starts takes them
     ignore_index,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows by SPAN classes and writes the rows' statistics over those."""
-    if SPATIAL:
-        D *= UNIT
-    else:
-        V *= UNIT
-    parts = tl.cdiv(V, SPAN)
+    """A program owns BLOCK_N rows by SPAN columns and writes the rows' statistics over those."""
+    V, D, columns = in_elements(V, D, UNIT, LAYOUT)
+    parts = tl.cdiv(columns, SPAN)
     part = tl.program_id(0) % parts
     image, position, exists = own_positions(tl.program_id(0) // parts, D, BLOCK_N)
     row = image * D + position
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
-    start = row_starts(image, position, logits_strides, UNIT, SPATIAL)
-    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
-    begin, end = part * SPAN, tl.minimum(part * SPAN + SPAN, V)
+    start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
+    shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
+    begin, end = part * SPAN, tl.minimum(part * SPAN + SPAN, columns)
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     row_max, row_sum = row_statistics(
         logits_ptr,
         start,
+        shift,
         target,
+        V,
         begin,
         end,
         valid,
@@ -166,7 +185,7 @@ def split_kernel(
         transform_ptr,
         CAPPED,
         UNIT,
-        SPATIAL,
+        LAYOUT,
         BLOCK_N,
         BLOCK_V,
         LANES,
@@ -185,29 +204,26 @@ def margin_kernel(
     rows_ptr,  # (3, N) out: max, sum, lead
     margin_ptr,  # (N,) out
     N,
-    V,  # in units of UNIT unless SPATIAL
-    D,  # positions of an image, in units of UNIT if SPATIAL
+    V,  # as in_elements takes it
+    D,  # positions of an image, likewise
     parts,
-    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    logits_strides,  # of image, position and class, as row_starts takes them
     ignore_index,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PARTS: tl.constexpr,  # a power of 2, at least parts
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and writes their margin and statistics; an ignored row has margin nan."""
-    if SPATIAL:
-        D *= UNIT
-    else:
-        V *= UNIT
+    V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     tile = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, exists, valid, label_logit, row_max, row_sum = own_statistics(
-        logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-        UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
+        logits_ptr, target_ptr, parts_ptr, tile, N, V, D, columns, parts, logits_strides, ignore_index, dtype,
+        transform_ptr, CAPPED, UNIT, LAYOUT, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
     )  # fmt: skip
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")), mask=exists)
@@ -223,15 +239,15 @@ def forward_kernel(
     rows_ptr,  # (7, N) out
     partials_ptr,  # (3, programs) out
     N,
-    V,  # in units of UNIT unless SPATIAL
-    D,  # positions of an image, in units of UNIT if SPATIAL
-    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    V,  # as in_elements takes it
+    D,  # positions of an image, likewise
+    logits_strides,  # of image, position and class, as row_starts takes them
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -242,17 +258,14 @@ def forward_kernel(
     First it finds the statistics of one tile after another, then does the arithmetic of all its rows at once, a row for each
     thread: what a reduction leaves behind every thread of the row has, and would do the arithmetic of the row again.
     """
-    if SPATIAL:
-        D *= UNIT
-    else:
-        V *= UNIT
+    V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     program = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr)
     for i in tl.range(0, TILES, num_stages=1):
         row, exists, _, label_logit, row_max, row_sum = own_statistics(
-            logits_ptr, target_ptr, None, program * TILES + i, N, V, D, 1, logits_strides, ignore_index, dtype, transform_ptr,
-            CAPPED, UNIT, SPATIAL, 1, TILES, BLOCK_N, BLOCK_V, LANES,
+            logits_ptr, target_ptr, None, program * TILES + i, N, V, D, columns, 1, logits_strides, ignore_index, dtype,
+            transform_ptr, CAPPED, UNIT, LAYOUT, 1, TILES, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
         store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     row, exists = rows_of_tiles(program, N, D, TILES, BLOCK_N)
@@ -277,17 +290,17 @@ def batch_kernel(
     loss_ptr,  # () out
     totals_ptr,  # (3,) out, fp64: log_scale, divisor, sum of weights
     N,
-    V,  # in units of UNIT unless SPATIAL
-    D,  # positions of an image, in units of UNIT if SPATIAL
+    V,  # as in_elements takes it
+    D,  # positions of an image, likewise
     tiles,
     parts,
-    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    logits_strides,  # of image, position and class, as row_starts takes them
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PARTS: tl.constexpr,  # a power of 2, at least parts
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -297,10 +310,7 @@ def batch_kernel(
 
     For small batches, and for few rows whose statistics other programs have found in parts.
     """
-    if SPATIAL:
-        D *= UNIT
-    else:
-        V *= UNIT
+    V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr)
     top = tl.full([], -INF, tl.float64)
@@ -308,8 +318,8 @@ def batch_kernel(
     values = tl.zeros([], tl.float64)
     for tile in tl.range(0, tiles, num_stages=1):
         row, exists, valid, label_logit, row_max, row_sum = own_statistics(
-            logits_ptr, target_ptr, parts_ptr, tile, N, V, D, parts, logits_strides, ignore_index, dtype, transform_ptr, CAPPED,
-            UNIT, SPATIAL, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
+            logits_ptr, target_ptr, parts_ptr, tile, N, V, D, columns, parts, logits_strides, ignore_index, dtype,
+            transform_ptr, CAPPED, UNIT, LAYOUT, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
         margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
         if BLOCK_N >= 8:

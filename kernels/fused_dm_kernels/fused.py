@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .rows import (
+    block_of,
     class_offsets,
     coefficient,
     combined_lanes,
@@ -12,6 +13,7 @@ from .rows import (
     finite_max,
     gradient_block,
     gradient_of,
+    in_elements,
     in_words,
     in_words_again,
     load_label,
@@ -21,15 +23,19 @@ from .rows import (
     own_labels,
     own_positions,
     read_block,
+    read_edges,
+    row_shifts,
     row_starts,
     row_terms,
     scan_block,
     store_block,
+    store_edges,
     store_partials,
     store_statistics,
     store_terms,
     stored_margin,
     stored_terms,
+    with_edges,
     with_slope,
 )
 
@@ -46,17 +52,17 @@ def fused_kernel(
     partials_ptr,  # (3, programs) out
     dlogits_ptr,  # (images, V, D) out; may be the logits themselves
     N,
-    V,  # in units of UNIT unless SPATIAL
-    D,  # positions of an image, in units of UNIT if SPATIAL
-    logits_strides,  # of image, position and class; in units of UNIT but for the adjacent dimension
+    V,  # as in_elements takes it
+    D,  # positions of an image, likewise
+    logits_strides,  # of image, position and class, as row_starts takes them
     dlogits_strides,  # likewise
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # V <= BLOCK_V: no loop, which leaves registers for a larger block
+    LAYOUT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # a block has all columns: no loop, which leaves registers for a larger block
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
@@ -67,10 +73,7 @@ def fused_kernel(
     The last block read stays in registers; the others are read again from the last to the first, the most recently
     used first. A row of at most BLOCK_V classes is read once.
     """
-    if SPATIAL:
-        D *= UNIT
-    else:
-        V *= UNIT
+    V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     # What is read again stays in L2; what has been read again, and the gradient, leave it first.
     KEEP: tl.constexpr = "" if ONE_BLOCK else "evict_last"
     DROP: tl.constexpr = "" if ONE_BLOCK else "evict_first"
@@ -80,28 +83,38 @@ def fused_kernel(
     image, position, exists = own_positions(tile, D, BLOCK_N)
     row = image * D + position
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
-    start = row_starts(image, position, logits_strides, UNIT, SPATIAL)
-    out_start = row_starts(image, position, dlogits_strides, UNIT, SPATIAL)
-    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, SPATIAL)
-    label_offset = class_offsets(target, logits_strides, UNIT, SPATIAL)
+    start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
+    shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
+    out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
+    label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-    label = compared_label(target, LANES)
+    label = compared_label(target, shift, LANES)
     maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
     exps = no_exps(label_logit.dtype, BLOCK_N, BLOCK_V, LANES, UNIT)
-    blocks = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK_V)
+    blocks = 1 if ONE_BLOCK else tl.cdiv(columns, BLOCK_V)
+    if LAYOUT == "shifted":
+        edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
     if STAGES == 2:
-        ahead = read_block(logits_ptr, start, tl.arange(0, BLOCK_V), V, read, logits_strides, UNIT, SPATIAL, KEEP)
+        cols = tl.arange(0, BLOCK_V)[None, :]
+        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+        ahead = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, KEEP)
     for block in tl.range(0, blocks, num_stages=1):
         first = block * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
         if STAGES == 2:
             raw = ahead
-            ahead = read_block(logits_ptr, start, cols + BLOCK_V, V, read, logits_strides, UNIT, SPATIAL, KEEP)
+            later = block_of(read, shift, cols + BLOCK_V, V, UNIT, LAYOUT)
+            ahead = read_block(logits_ptr, start, cols + BLOCK_V, later, logits_strides, UNIT, LAYOUT, KEEP)
         else:
-            raw = read_block(logits_ptr, start, cols, V, read, logits_strides, UNIT, SPATIAL, KEEP)
-        logits, _ = with_slope(raw, cols, V, valid, read, transform_ptr, CAPPED, SPATIAL)
+            raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, KEEP)
+        inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
+        logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
         maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
     row_max, row_sum = combined_lanes(maxima, sums, LANES)
+    if LAYOUT == "shifted":
+        row_max, row_sum = with_edges(row_max, row_sum, edges, shift, target, V, UNIT)
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     if BLOCK_N >= 8:
         # What a reduction leaves behind every thread of the row has; so it is a row for each thread.
@@ -115,30 +128,38 @@ def fused_kernel(
         log_weight, unit = stored_terms(rows_ptr, row, exists, N)
     k = coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(row_sum.dtype))
     active = k != 0.0
-    read = in_words_again(read, active, UNIT, SPATIAL)
-    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES), 0.0)
+    read = in_words_again(read, active, UNIT, LAYOUT)
+    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES, LAYOUT), 0.0)
+    base = finite_max(row_max)
+    if LAYOUT == "shifted":
+        store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
     first = (blocks - 1) * BLOCK_V
-    cols = first + tl.arange(0, BLOCK_V)
+    cols = first + tl.arange(0, BLOCK_V)[None, :]
     if STAGES == 2:
-        more = read & (first > 0)
-        ahead = read_block(logits_ptr, start, cols - BLOCK_V, V, more, logits_strides, UNIT, SPATIAL, DROP)
+        earlier = block_of(read & (first > 0), shift, cols - BLOCK_V, V, UNIT, LAYOUT)
+        ahead = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, DROP)
     gradient = gradient_of(exps, cols, label, k, row_sum)
     if transform_ptr is not None:
         # Read again for the slope rather than kept in registers beside the exponentials.
-        raw = read_block(logits_ptr, start, cols, V, read, logits_strides, UNIT, SPATIAL, DROP)
-        _, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
+        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+        raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, DROP)
+        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
+        _, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
         gradient *= slope
-    store_block(dlogits_ptr, out_start, cols, gradient, V, exists, dlogits_strides, UNIT, SPATIAL, DROP)
-    base = finite_max(row_max)
+    written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
+    store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, DROP)
     for done in tl.range(1, blocks, num_stages=1):
         first = (blocks - 1 - done) * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
         if STAGES == 2:
             raw = ahead
-            more = read & (first > 0)
-            ahead = read_block(logits_ptr, start, cols - BLOCK_V, V, more, logits_strides, UNIT, SPATIAL, DROP)
+            earlier = block_of(read & (first > 0), shift, cols - BLOCK_V, V, UNIT, LAYOUT)
+            ahead = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, DROP)
         else:
-            raw = read_block(logits_ptr, start, cols, V, read, logits_strides, UNIT, SPATIAL, DROP)
-        logits, slope = with_slope(raw, cols, V, active, read, transform_ptr, CAPPED, SPATIAL)
+            raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, DROP)
+        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
+        logits, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
         gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
-        store_block(dlogits_ptr, out_start, cols, gradient, V, exists, dlogits_strides, UNIT, SPATIAL, DROP)
+        written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
+        store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, DROP)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .rows import (
+    block_of,
     coefficient,
     combined_lanes,
     compared_label,
@@ -32,7 +33,7 @@ def row_of(number, N, D, target_ptr, ignore_index, strides, UNIT: tl.constexpr):
     image, position = row // D, row % D
     exists = row < N
     target, valid = own_labels(row, exists, target_ptr, ignore_index)
-    return row, image, position, row_starts(image, position, strides, UNIT, False), target, exists, valid
+    return row, image, position, row_starts(image, position, strides, UNIT, "rows"), target, exists, valid
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -56,7 +57,7 @@ def pipelined_kernel(
     LOSS: tl.constexpr,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,  # False
+    LAYOUT: tl.constexpr,  # "rows"
     BLOCK_N: tl.constexpr,  # 1
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
@@ -70,51 +71,47 @@ def pipelined_kernel(
     V *= UNIT
     step = tl.num_programs(0)
     blocks = tl.cdiv(V, BLOCK_V)
-    cols = tl.arange(0, BLOCK_V)
+    cols = tl.arange(0, BLOCK_V)[None, :]
+    no_shift = tl.zeros([1], tl.int32)
     eps = tl.load(params_ptr)
     divisor = tl.load(normalizer_ptr)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     row, image, position, start, target, exists, valid = row_of(
         tl.program_id(0), N, D, target_ptr, ignore_index, logits_strides, UNIT
     )
-    ahead = read_block(logits_ptr, start, cols, V, valid, logits_strides, UNIT, False, "evict_last")
+    inside = block_of(valid, no_shift, cols, V, UNIT, LAYOUT)
+    ahead = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_last")
     # The row before the first has no gradient.
     written, active = exists & False, exists & False
-    old_start, old_out, old_label = start, start, compared_label(target, LANES)
+    old_start, old_out, old_label = start, start, compared_label(target, no_shift, LANES)
     k, base, old_sum = tl.zeros([1], dtype), tl.zeros([1], dtype), tl.full([1], 1.0, dtype)
     for number in tl.range(tl.program_id(0), N + step, step, num_stages=1):
         next_row, next_image, next_position, next_start, next_target, next_exists, next_valid = row_of(
             number + step, N, D, target_ptr, ignore_index, logits_strides, UNIT
         )
         label_logit = load_label(logits_ptr, start, target, target, V, valid, transform_ptr, CAPPED)
-        label = compared_label(target, LANES)
+        label = compared_label(target, no_shift, LANES)
         maxima, sums = no_statistics(dtype, 1, LANES)
         last = (blocks - 1) * BLOCK_V
-        old_ahead = read_block(logits_ptr, old_start, last + cols, V, active, logits_strides, UNIT, False, "evict_first")
+        old_inside = block_of(active, no_shift, last + cols, V, UNIT, LAYOUT)
+        old_ahead = read_block(logits_ptr, old_start, last + cols, old_inside, logits_strides, UNIT, LAYOUT, "evict_first")
         for block in tl.range(0, blocks, num_stages=1):
             raw, old = ahead, old_ahead
             first, old_first = block * BLOCK_V, last - block * BLOCK_V
             ends = block == blocks - 1
-            ahead = read_block(
-                logits_ptr,
-                tl.where(ends, next_start, start),
-                tl.where(ends, 0, first + BLOCK_V) + cols,
-                V,
-                tl.where(ends, next_valid, valid),
-                logits_strides,
-                UNIT,
-                False,
-                "evict_last",
-            )
-            old_ahead = read_block(
-                logits_ptr, old_start, old_first - BLOCK_V + cols, V, active & ~ends, logits_strides, UNIT, False, "evict_first"
-            )
-            logits, slope = with_slope(old, old_first + cols, V, active, active, transform_ptr, CAPPED, False)
+            later_start, later = tl.where(ends, next_start, start), tl.where(ends, 0, first + BLOCK_V) + cols
+            inside = block_of(tl.where(ends, next_valid, valid), no_shift, later, V, UNIT, LAYOUT)
+            ahead = read_block(logits_ptr, later_start, later, inside, logits_strides, UNIT, LAYOUT, "evict_last")
+            earlier = old_first - BLOCK_V + cols
+            inside = block_of(active & ~ends, no_shift, earlier, V, UNIT, LAYOUT)
+            old_ahead = read_block(logits_ptr, old_start, earlier, inside, logits_strides, UNIT, LAYOUT, "evict_first")
+            inside = block_of(active, no_shift, old_first + cols, V, UNIT, LAYOUT)
+            logits, slope = with_slope(old, inside, active, transform_ptr, CAPPED, LAYOUT)
             gradient = gradient_block(logits, base, old_first, old_first + cols, old_label, k, old_sum, LANES) * slope
-            store_block(
-                dlogits_ptr, old_out, old_first + cols, gradient, V, written, dlogits_strides, UNIT, False, "evict_first"
-            )
-            logits, _ = with_slope(raw, first + cols, V, valid, valid, transform_ptr, CAPPED, False)
+            inside = block_of(written, no_shift, old_first + cols, V, UNIT, LAYOUT)
+            store_block(dlogits_ptr, old_out, old_first + cols, gradient, inside, dlogits_strides, UNIT, LAYOUT, "evict_first")
+            inside = block_of(valid, no_shift, first + cols, V, UNIT, LAYOUT)
+            logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
             maxima, sums, _ = scan_block(other_classes(logits, first, first + cols, label, LANES), maxima, sums, LANES, UNIT)
         row_max, row_sum = combined_lanes(maxima, sums, LANES)
         margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
@@ -125,6 +122,7 @@ def pipelined_kernel(
         k = coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(dtype))
         active, written = k != 0.0, exists
         base, old_sum, old_label = finite_max(row_max), row_sum, label
-        old_start, old_out = start, row_starts(image, position, dlogits_strides, UNIT, False)
+        old_start = start
+        old_out = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
         row, image, position, start = next_row, next_image, next_position, next_start
         target, exists, valid = next_target, next_exists, next_valid

@@ -1,7 +1,14 @@
 """The mathematics of a row, shared by every kernel: statistics, weight, value and the gradient's coefficient.
 
-A program owns BLOCK_N rows and walks over their classes in blocks of BLOCK_V; (BLOCK_N,) tensors hold one number a row.
+A program owns BLOCK_N rows and walks over their columns in blocks of BLOCK_V; (BLOCK_N,) tensors hold one number a row, and
+`cols` are (1, BLOCK_V).
 The logits are (images, V, D) at strides of any size: row `image * D + position`. Plain (N, V) logits are one image.
+
+Rows and classes are addressed by LAYOUT, so that 16 bytes, UNIT elements, are one access:
+"rows"       a row's classes are adjacent, and it begins at a multiple of UNIT elements (which may be 1);
+"shifted"    likewise, but rows begin anywhere. A row's columns count from the 16 bytes in which it begins: class c is column
+             c + shift. Its edges, in 16 bytes that are not all its own, are read and written one element at a time;
+"positions"  the positions are adjacent, and they and the classes' strides are multiples of UNIT elements.
 The derivations are in kernels/README.md.
 """
 
@@ -9,6 +16,17 @@ import triton
 import triton.language as tl
 
 from .numerics import INF, exp, sigmoids, tanh_and_slope
+
+
+@triton.jit
+def in_elements(V, D, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
+    """V, D and the most columns of a row, from sizes of which the adjacent dimension's is in units, unless rows are shifted."""
+    if LAYOUT == "positions":
+        return V, D * UNIT, V
+    elif LAYOUT == "shifted":
+        return V, D, V + UNIT - 1
+    else:
+        return V * UNIT, D, V * UNIT
 
 
 @triton.jit
@@ -39,32 +57,43 @@ def own_labels(row, exists, target_ptr, ignore_index):
 
 
 @triton.jit
-def row_starts(image, position, strides, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
-    """Offsets of the rows' first classes. `strides` are those of image, position and class."""
-    if SPATIAL:
+def row_starts(image, position, strides, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Offsets of the rows' first columns. `strides` are those of image, position and class."""
+    if LAYOUT == "positions":
         return image * strides[0] * UNIT + position * strides[1]
+    elif LAYOUT == "shifted":
+        return (image * strides[0] + position * strides[1]) // UNIT * UNIT
     else:
         return (image * strides[0] + position * strides[1]) * UNIT
 
 
 @triton.jit
-def class_offsets(cols, strides, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
-    """Offsets of classes from the start of their row."""
-    if SPATIAL:
+def row_shifts(image, position, strides, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
+    """The columns of the rows' first classes."""
+    if LAYOUT == "shifted":
+        return ((image * strides[0] + position * strides[1]) % UNIT).to(tl.int32)
+    else:
+        return tl.zeros(position.shape, tl.int32)
+
+
+@triton.jit
+def class_offsets(cols, strides, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Offsets of columns from the start of their row."""
+    if LAYOUT == "positions":
         return cols.to(tl.int64) * strides[2] * UNIT
     else:
         return cols
 
 
 @triton.jit
-def in_words(counts, numbers_ptr, row, exists, NOTHING, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
+def in_words(counts, numbers_ptr, row, exists, NOTHING, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
     """The rows to read for those that count.
 
     They are the same, unless neighbouring rows lie side by side in 16 bytes, which are read whole if one of their rows
     counts: if its integer at `numbers_ptr` is not `NOTHING`. Since all rows of 16 bytes load the same integers, the compiler
     knows that the mask does not divide them, and loads 128 bits.
     """
-    if SPATIAL and UNIT > 1:
+    if LAYOUT == "positions" and UNIT > 1:
         wanted = tl.full(exists.shape, False, tl.int1)
         first = row // UNIT * UNIT
         for i in tl.static_range(UNIT):
@@ -75,9 +104,9 @@ def in_words(counts, numbers_ptr, row, exists, NOTHING, UNIT: tl.constexpr, SPAT
 
 
 @triton.jit
-def in_words_again(read, active, UNIT: tl.constexpr, SPATIAL: tl.constexpr):
+def in_words_again(read, active, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
     """Of the rows of `in_words`, those to read for the active ones: all or none of them where 16 bytes hold several rows."""
-    if SPATIAL and UNIT > 1:
+    if LAYOUT == "positions" and UNIT > 1:
         return read & (tl.max(active.to(tl.int32), 0) > 0)
     else:
         return active
@@ -102,36 +131,74 @@ def transformed(raw, transform_ptr, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def block_of(rows, shift, cols, V, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which elements (BLOCK_N, BLOCK_V) of a block are read or written for some of its rows: the classes, without the edges."""
+    if LAYOUT == "shifted":
+        begin, end = (shift + UNIT - 1) // UNIT * UNIT, (shift + V) // UNIT * UNIT
+        return rows[:, None] & (cols >= begin[:, None]) & (cols < end[:, None])
+    else:
+        return rows[:, None] & (cols < V)
+
+
+@triton.jit
+def edge_columns(shift, V, UNIT: tl.constexpr):
+    """Columns (BLOCK_N, 2, UNIT) of the 16 bytes in which shifted rows begin, and of those in which they end.
+
+    In three dimensions, so that the compiler does not lay them out as it does a block, with UNIT of them for a thread.
+    """
+    lane = tl.arange(0, UNIT)[None, None, :]
+    return tl.where(tl.arange(0, 2)[None, :, None] == 0, lane, (shift + V)[:, None, None] // UNIT * UNIT + lane)
+
+
+@triton.jit
+def edges_of(cols, rows, shift, V, begin, end, UNIT: tl.constexpr):
+    """Which of `edge_columns`, from begin to end, are edges of some of the rows: classes that `block_of` leaves out."""
+    first, past = shift[:, None, None], (shift + V)[:, None, None]
+    # The 16 bytes of a short row may be both the first and the last; a row that begins with them has no head.
+    wanted = tl.where(tl.arange(0, 2)[None, :, None] == 0, first > 0, (first == 0) | (past >= UNIT))
+    return rows[:, None, None] & wanted & (cols >= first) & (cols < past) & (cols >= begin) & (cols < end)
+
+
+@triton.jit
 def read_block(
     logits_ptr,
     start,
     cols,
-    end,
-    read,
+    inside,
     strides,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Logits (BLOCK_N, BLOCK_V) as they are, of the rows to read and the classes below end; -inf elsewhere."""
-    offset = class_offsets(cols, strides, UNIT, SPATIAL)
-    inside = read[:, None] & (cols < end)[None, :]
-    return tl.load(logits_ptr + start[:, None] + offset[None, :], mask=inside, other=-INF, eviction_policy=EVICT)
+    """Logits as they are of the columns inside, -inf elsewhere."""
+    offset = class_offsets(cols, strides, UNIT, LAYOUT)
+    return tl.load(logits_ptr + start[:, None] + offset, mask=inside, other=-INF, eviction_policy=EVICT)
 
 
 @triton.jit
-def with_slope(raw, cols, end, active, read, transform_ptr, CAPPED: tl.constexpr, SPATIAL: tl.constexpr):
-    """The block of `read_block` as the loss takes it, -inf outside of the active rows; and its slope."""
+def with_slope(raw, inside, active, transform_ptr, CAPPED: tl.constexpr, LAYOUT: tl.constexpr):
+    """What `read_block` read as the loss takes it, and its slope; -inf and 0 but inside, the elements of the active rows."""
     logits = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
     if transform_ptr is None:
-        if SPATIAL:
+        if LAYOUT == "positions":
             logits = tl.where(active[:, None], logits, -INF)
         return logits, 1.0
     else:
         # A row that was read for its neighbours' sake may hold anything.
-        inside = (read & active)[:, None] & (cols < end)[None, :]
         logits, slope = transformed(logits, transform_ptr, CAPPED)
         return tl.where(inside, logits, -INF), tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def read_edges(logits_ptr, start, shift, V, begin, end, rows, transform_ptr, CAPPED: tl.constexpr, UNIT: tl.constexpr):
+    """The edges of some rows, from column begin to end, as the loss takes them, and their slope; -inf and 0 elsewhere."""
+    cols = edge_columns(shift, V, UNIT)
+    inside = edges_of(cols, rows, shift, V, begin, end, UNIT)
+    logits = tl.load(logits_ptr + start[:, None, None] + cols, mask=inside, other=-INF)
+    if logits.dtype != tl.float64:
+        logits = logits.to(tl.float32)
+    logits, slope = transformed(logits, transform_ptr, CAPPED)
+    return tl.where(inside, logits, -INF), tl.where(inside, slope, 0.0)
 
 
 @triton.jit
@@ -152,9 +219,9 @@ def finite_max(row_max):
 
 
 @triton.jit
-def compared_label(target, LANES: tl.constexpr):
-    """The labels as they are compared with classes: a number for a row in blocks, else (BLOCK_N, 1). No class needs 64 bits."""
-    label = target.to(tl.int32)
+def compared_label(target, shift, LANES: tl.constexpr):
+    """The labels' columns, as they are compared: a number for a row in blocks, else (BLOCK_N, 1). No class needs 64 bits."""
+    label = target.to(tl.int32) + shift
     if LANES > 1:
         return tl.max(label, 0)
     else:
@@ -172,10 +239,10 @@ def other_classes(logits, first, cols, label, LANES: tl.constexpr):
     """The block with -inf at the label; a row in blocks is compared in the block that has it, and in no other."""
     if LANES > 1:
         if has_label(first, label, logits.shape[1]):
-            logits = tl.where(cols[None, :] == label, -INF, logits)
+            logits = tl.where(cols == label, -INF, logits)
         return logits
     else:
-        return tl.where(cols[None, :] == label, -INF, logits)
+        return tl.where(cols == label, -INF, logits)
 
 
 @triton.jit
@@ -228,11 +295,31 @@ def combined_lanes(maxima, sums, LANES: tl.constexpr):
 
 
 @triton.jit
-def exps_of_rows(exps, maxima, row_max, BLOCK_V: tl.constexpr, LANES: tl.constexpr):
+def other_edges(edges, shift, target, V, UNIT: tl.constexpr):
+    """What `read_edges` gave with -inf at the label."""
+    return tl.where(edge_columns(shift, V, UNIT) == (target.to(tl.int32) + shift)[:, None, None], -INF, edges)
+
+
+@triton.jit
+def with_edges(row_max, row_sum, edges, shift, target, V, UNIT: tl.constexpr):
+    """Maximum and sum of rows together with their edges."""
+    others = other_edges(edges, shift, target, V, UNIT)
+    edge_max = tl.max(tl.max(others, 2), 1)
+    edge_base = finite_max(edge_max)
+    edge_sum = tl.sum(tl.sum(exp(others - edge_base[:, None, None]), 2), 1)
+    new_max = tl.maximum(row_max, edge_max)
+    base = finite_max(new_max)
+    return new_max, row_sum * exp(row_max - base) + edge_sum * exp(edge_max - base)
+
+
+@triton.jit
+def exps_of_rows(exps, maxima, row_max, BLOCK_V: tl.constexpr, LANES: tl.constexpr, LAYOUT: tl.constexpr):
     """The exponentials of `scan_block` (BLOCK_N, BLOCK_V), relative to the rows' maxima."""
     if LANES > 1:
         change = tl.where(maxima == -INF, 0.0, exp(maxima - finite_max(row_max)[:, None]))
         return tl.reshape(exps * change[:, None, :, None], [exps.shape[0], BLOCK_V])
+    elif LAYOUT == "shifted":
+        return exps * tl.where(maxima == -INF, 0.0, exp(maxima - finite_max(row_max)))[:, None]
     else:
         return exps
 
@@ -368,7 +455,7 @@ def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
 def gradient_of(exps, cols, label, k, row_sum):
     """k exp(z_j - lse) for the other classes and -k for the label; 0 for rows with k = 0, whose exps must be finite."""
     share = k / tl.where(k == 0.0, 1.0, row_sum)
-    return tl.where(cols[None, :] == label, -k[:, None], exps * share[:, None])
+    return tl.where(cols == label, -k[:, None], exps * share[:, None])
 
 
 @triton.jit
@@ -376,14 +463,14 @@ def gradient_block(logits, base, first, cols, label, k, row_sum, LANES: tl.const
     """`gradient_of` the exponentials of a block; the label is looked for as by `other_classes`."""
     if LANES > 1:
         if has_label(first, label, logits.shape[1]):
-            others = tl.where(cols[None, :] == label, -INF, logits)
+            others = tl.where(cols == label, -INF, logits)
             gradient = gradient_of(exp(others - base[:, None]), cols, label, k, row_sum)
         else:
             share = k / tl.where(k == 0.0, 1.0, row_sum)
             gradient = exp(logits - base[:, None]) * share[:, None]
         return gradient
     else:
-        others = tl.where(cols[None, :] == label, -INF, logits)
+        others = tl.where(cols == label, -INF, logits)
         return gradient_of(exp(others - base[:, None]), cols, label, k, row_sum)
 
 
@@ -393,15 +480,29 @@ def store_block(
     start,
     cols,
     gradient,
-    end,
-    exists,
+    inside,
     strides,
     UNIT: tl.constexpr,
-    SPATIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Write a block of the gradient, rounded once to its dtype, to the classes below end."""
-    offset = class_offsets(cols, strides, UNIT, SPATIAL)
-    inside = exists[:, None] & (cols < end)[None, :]
+    """Write the gradient inside, rounded once to its dtype."""
+    offset = class_offsets(cols, strides, UNIT, LAYOUT)
     gradient = gradient.to(dlogits_ptr.dtype.element_ty)
-    tl.store(dlogits_ptr + start[:, None] + offset[None, :], gradient, mask=inside, eviction_policy=EVICT)
+    tl.store(dlogits_ptr + start[:, None] + offset, gradient, mask=inside, eviction_policy=EVICT)
+
+
+@triton.jit
+def store_edges(
+    dlogits_ptr, start, shift, target, V, begin, end, exists, edges, slope, base, k, row_sum, UNIT: tl.constexpr
+):  # fmt: skip
+    """Write the gradient of the edges of the rows that exist, from column begin to end, of what `read_edges` gave."""
+    others = other_edges(edges, shift, target, V, UNIT)
+    share = k / tl.where(k == 0.0, 1.0, row_sum)
+    gradient = exp(others - base[:, None, None]) * share[:, None, None]
+    cols = edge_columns(shift, V, UNIT)
+    gradient = tl.where(cols == (target.to(tl.int32) + shift)[:, None, None], -k[:, None, None], gradient) * slope
+    # A row that does not count may hold anything.
+    gradient = tl.where(k[:, None, None] == 0.0, 0.0, gradient).to(dlogits_ptr.dtype.element_ty)
+    inside = edges_of(cols, exists, shift, V, begin, end, UNIT)
+    tl.store(dlogits_ptr + start[:, None, None] + cols, gradient, mask=inside)
