@@ -150,6 +150,13 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
     be in the way of any others. They take numbers as they come, so that one which shares its core with a busy process holds
     up no other.
     """
+    runtime = _runtime()
+    if threads == 1 or runtime is None:
+        with calm(), torch.no_grad():
+            step = start()
+            for number in range(count):
+                step(number)
+        return
     remaining, lock = iter(range(count)), threading.Lock()
     inference = torch.is_inference_mode_enabled()
     failures: list[BaseException] = []
@@ -168,11 +175,7 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
             # No exception gets through a parallel region.
             failures.append(error)
 
-    runtime = _runtime()
-    if threads == 1 or runtime is None:
-        take()
-    else:
-        runtime.parallel(_Body(take), None, threads, 0)
+    runtime.parallel(_Body(take), None, threads, 0)
     if failures:
         raise failures[0]
 
@@ -244,11 +247,11 @@ def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
 
 def are_moderate(margins: Tensor) -> bool:
     """Whether none of them (N,) is nan or beyond 1e15."""
-    return bool(torch.dot(margins, margins) < 1e30)
+    return float(torch.dot(margins, margins)) < 1e30
 
 
 def is_positive(number: Tensor) -> bool:
-    return bool(number > 0)
+    return float(number) > 0
 
 
 def is_below(number: Tensor, limit: float) -> bool:
@@ -288,14 +291,15 @@ class _Blocks:
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
         """Memory for a block, which has its classes innermost where there are few positions beside each other."""
+        shape = (self.height, self.classes, self.width)
         if self.width < NARROW:
-            return torch.empty((self.height, self.width, self.classes), dtype=dtype).movedim(2, 1)
-        return torch.empty((self.height, self.classes, self.width), dtype=dtype)
+            return torch.empty_strided(shape, (self.width * self.classes, 1, self.classes), dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
 
 
 def _planes(matrix: Tensor) -> Tensor:
     """Logits (N, V) as (N, V, 1); (B, V, P) as they are. Without what autograd knows of them."""
-    return matrix.detach().unflatten(1, (-1, 1)) if matrix.dim() == 2 else matrix.detach()
+    return matrix.detach().unsqueeze(2) if matrix.dim() == 2 else matrix.detach()
 
 
 def _new_gradient(logits: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
@@ -464,6 +468,9 @@ def undivided_direction(
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
     walk.run(out, undivided=transform is None, beside=populate)
+    # One look at the margins spares three at the rows: where they are finite, so is the label's logit, and the sum is 1 or more.
+    if transform is None and walk.valid is None and are_moderate(walk.margin):
+        return walk.margin, walk.lead, walk.row_sum, out
     margins, leads = walk.margins()
     if transform is not None:
         return margins, leads, walk.row_sum.fill_(1.0), out
@@ -484,9 +491,12 @@ def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
 def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
     """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
     factor = factor.detach().contiguous()
+    if not len(factor):
+        return
     same = matrix.dtype == factor.dtype
+    least, most = map(float, factor.aminmax())
     # The call for 16 bits would make nan of a row whose factor is infinite.
-    if not same and _is_long(matrix) and matrix.is_contiguous() and math.isfinite(factor.sum()):
+    if not same and _is_long(matrix) and matrix.is_contiguous() and math.isfinite(least) and math.isfinite(most):
         _scale_16_bits_(matrix.detach(), factor)
     else:
         planes = _planes(matrix)
@@ -497,7 +507,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
 
         _run(planes, work, None if same else factor.dtype)
     # The least tells it mostly, and counting takes half as long as finding them.
-    if len(factor) and not factor.amin() > 0 and factor.count_nonzero() < len(factor):
+    if not least > 0 and factor.count_nonzero() < len(factor):
         _zero_rows_(matrix, factor == 0)
 
 
