@@ -468,7 +468,7 @@ def undivided_direction(
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
     walk.run(out, undivided=transform is None, beside=populate)
-    # One look at the margins spares three at the rows: where they are finite, so is the label's logit, and the sum is 1 or more.
+    # One look at the margins spares three at the rows: where they are finite, so is the label's logit, and no sum is 0 or nan.
     if transform is None and walk.valid is None and are_moderate(walk.margin):
         return walk.margin, walk.lead, walk.row_sum, out
     margins, leads = walk.margins()
