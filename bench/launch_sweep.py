@@ -27,8 +27,8 @@ from fused_dm._launch import Launch, Sizes
 
 # Passes over the logits that a kernel's task needs.
 PASSES = {"forward": 1, "gradient": 2, "fused": 2}
-MANY_CLASSES = [(8192, 32000), (8192, 50257), (8192, 128256), (8192, 262144), (16, 10_000_000)]
-FEW_CLASSES = [(4096, 1000), (32768, 256), (32768, 2048)]
+MANY_CLASSES = [(8192, 32000), (8192, 50257), (8192, 50304), (8192, 128256), (8192, 262144), (16, 10_000_000)]
+FEW_CLASSES = [(4096, 1000), (4096, 1001), (32768, 256), (32768, 257), (32768, 2048)]
 CASES = [Case(*shape, "bfloat16") for shape in MANY_CLASSES + FEW_CLASSES]
 CASES += [Case(8192, 128256, "float32"), Case(4096, 1000, "float32")]
 
@@ -84,7 +84,7 @@ def trials(kernel: str, case: Case) -> list[Trial]:
             device = _triton._properties(torch.device("cuda", 0))
             found.append(_launch.pipelined(sizes, device, block_v, warps, resident))
     else:
-        width = _launch._power_of_2(case.classes)
+        width = _launch._power_of_2(sizes.columns)
         for elements in (1024, 2048, 4096, 8192):
             for warps in (1, 2, 4, 8):
                 if 16 <= elements // (32 * warps) <= 32 and elements >= width:
@@ -116,6 +116,12 @@ def launched(trial: Trial) -> Iterator[None]:
         _triton.forget_plans()
 
 
+def one_at_a_time(wanted: bool) -> None:
+    """Have rows that begin anywhere read one element at a time, as those are whose gradient lies otherwise."""
+    if wanted:
+        _launch.SHIFTED = sys.maxsize
+
+
 def compile_trial(trial: Trial) -> str:
     """Leave the kernel in Triton's cache: run it on few rows."""
     rows = min(trial.case.rows, 256)
@@ -131,10 +137,11 @@ def compile_trial(trial: Trial) -> str:
     return ""
 
 
-def sweep(found: list[Trial], path: Path, seconds: float, budget: float) -> dict[str, Any]:
+def sweep(found: list[Trial], path: Path, seconds: float, budget: float, narrow: bool) -> dict[str, Any]:
     start = time.perf_counter()
     results: dict[str, Any] = {**machine(), "command": " ".join(sys.argv[1:]), "cases": {}}
-    with ProcessPoolExecutor(min(16, len(os.sched_getaffinity(0))), mp_context=get_context("spawn")) as pool:
+    workers = min(16, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, get_context("spawn"), one_at_a_time, (narrow,)) as pool:
         failures = dict(zip(found, pool.map(compile_trial, found, chunksize=4), strict=True))
     print(f"{len(found)} launches compiled in {time.perf_counter() - start:.0f} s", flush=True)
     for case in dict.fromkeys(trial.case for trial in found):
@@ -182,6 +189,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", help="kernels whose name contains this")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="read rows that begin anywhere one element at a time, for comparison"
+    )
     parser.add_argument("--seconds", type=float, default=0.03, help="about so long for each timing")
     parser.add_argument("--budget-s", type=float, default=540, help="start no case after so many seconds")
     parser.add_argument(
@@ -190,6 +200,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a GPU")
+    one_at_a_time(arguments.one_at_a_time)
     found = [
         trial
         for case in CASES
@@ -199,7 +210,7 @@ def main() -> int:
         for trial in trials(kernel, case)
     ]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    results = sweep(found, arguments.output, arguments.seconds, arguments.budget_s)
+    results = sweep(found, arguments.output, arguments.seconds, arguments.budget_s, arguments.one_at_a_time)
     text = table(results)
     arguments.output.with_suffix(".md").write_text(text)
     print(text)
