@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_dm import _launch, _triton
-from fused_dm._launch import H100, Launch, Sizes
+from fused_dm._launch import H100, MI300X, Launch, Sizes
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -113,19 +113,19 @@ class Case:
     def sizes(self) -> Sizes:
         return self.layout.sizes
 
-    @property
-    def launch(self) -> Launch:
-        """What the package chooses on an H100."""
+    def launch(self, target: GPUTarget) -> Launch:
+        """What the package chooses on an H100, or on an MI300X for AMD."""
+        device = MI300X if target.backend == "hip" else H100
         if self.kernel == "totals":
             return Launch("tiles", 1, 1024, 8, 1024)
         if self.parts:
             return _launch.combining(self.sizes, self.parts)
         if self.kernel in ("gradient", "multiply"):
-            return _launch.gradient(self.sizes, H100, whole_rows=self.kernel == "multiply")
+            return _launch.gradient(self.sizes, device, whole_rows=self.kernel == "multiply")
         if self.kernel == "pipelined":
-            return _launch.pipelined(self.sizes, H100, 8192, 16, 1)
+            return _launch.pipelined(self.sizes, device, 8192, 1024 // (2 * device.warp), 1)
         choose = {"fused": _launch.fused, "margin": _launch.margin}.get(self.kernel, _launch.forward)
-        chosen = choose(self.sizes, H100, capped="CAPPED" in self.constants)
+        chosen = choose(self.sizes, device, capped="CAPPED" in self.constants)
         way = {"split": "split", "batch": "alone"}.get(self.kernel, "tiles")
         if chosen.way != way:
             raise ValueError(f"{self}: expected a shape that is launched by {way}, got {chosen}")
@@ -178,6 +178,9 @@ class Row:
             found.append(f"{self.local_in_loop} accesses of local memory inside a loop")
         if self.stack > MAX_STACK:
             found.append(f"{self.stack} bytes of stack")
+        threads = self.warps * TARGETS[self.target].warp_size
+        if threads > _launch.MOST_THREADS:
+            found.append(f"{threads} threads, expected at most {_launch.MOST_THREADS}")
         if self.kernel == "totals" or self.dtype == "fp64":
             return found
         long = self.classes.isdigit() and int(self.classes) > 65536 and self.aligned and not self.capped
@@ -207,7 +210,6 @@ class Row:
             per_element += self.kernel in ("gradient", "fused", "pipelined")
             per_row += EXP_PER_LANE
         passes_of_edges, more_of_row = EXP_OF_EDGES.get(self.kernel, (0, 0)) if self.layout == "shifted" else (0, 0)
-        threads = self.warps * TARGETS[self.target].warp_size
         edges = passes_of_edges * math.ceil(self.block_n * 2 * vector / threads)
         per_row += more_of_row
         # For AMD the loops come in up to three copies, peeled or unrolled.
@@ -281,7 +283,7 @@ def compile_case(case: Case, target: GPUTarget):
     kernel = getattr(kernels, f"{case.kernel}_kernel")
     log_weight, loss = kernels.FAMILIES[case.family]
     compute = "fp64" if case.dtype == "fp64" else "fp32"
-    launch = case.launch
+    launch = case.launch(target)
     one_block = launch.span == launch.block_v
     constants = {
         "LOG_WEIGHT": log_weight,
@@ -335,7 +337,7 @@ def compile_case(case: Case, target: GPUTarget):
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     options: dict[str, object] = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
-    if launch.registers and target.backend == "cuda" and target.arch < _launch.ARCH_UNLIMITED:
+    if launch.registers and target.arch < _launch.ARCH_UNLIMITED:
         options["maxnreg"] = launch.registers
     return triton.compile(source, target=target, options=options)
 
@@ -400,7 +402,7 @@ def _read_amd(compiled) -> dict[str, int]:
 def measure(case: Case, name: str) -> Row:
     target = TARGETS[name]
     compiled = compile_case(case, target)
-    launch = case.launch
+    launch = case.launch(target)
     threads = launch.num_warps * target.warp_size
     columns = triton.next_power_of_2(case.parts) if case.parts else launch.block_v
     return Row(

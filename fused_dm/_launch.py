@@ -9,6 +9,8 @@ from typing import NamedTuple
 TILE = 4096
 # Elements of several rows that are loaded one at a time: a thread has an element of every row, and with each the row's numbers.
 NARROW_TILE = 1024
+# Threads of a program at most, on any GPU.
+MOST_THREADS = 1024
 # Programs of 8 warps that a multiprocessor holds, and rounds of programs that a split or cut launch fills it with.
 RESIDENT = 8
 # Elements of the rows of a program of the forward kernel, which does the arithmetic of those rows at once.
@@ -34,6 +36,7 @@ class Device(NamedTuple):
 
 
 H100 = Device(132, 50 << 20, limits=True)
+MI300X = Device(304, 4 << 20, warp=64)
 # The interpreter stands in for one, with tiles as large as they may be: its time goes by programs.
 INTERPRETER = H100._replace(least=TILE)
 
@@ -204,7 +207,7 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
             # Three programs on a multiprocessor. Triton 3.6 takes no more by itself, 3.7 would.
             launch = launch._replace(registers=80)
     else:
-        launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), 32, stages=2)
+        launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), min(32, MOST_THREADS // device.warp), stages=2)
     programs = launch.tiles(sizes)
     if 0 < programs < device.multiprocessors and sizes.columns > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.
@@ -220,6 +223,8 @@ def pipelined(sizes: Sizes, device: Device, block_v: int, num_warps: int, reside
 
     `fused` does not choose it: it has not been measured yet, see kernels/README.md.
     """
+    if sizes.spatial or sizes.shift:
+        raise ValueError(f"sizes: expected rows that begin at 16 bytes, got {sizes}")
     launch, programs = _blocks(sizes, device, block_v, num_warps), int(resident * device.multiprocessors)
     return launch._replace(way="pipelined", stream=True, repeat=_cdiv(sizes.rows, programs))
 

@@ -12,7 +12,7 @@ from launches import KINDS, WAYS, counted_launches, forced
 from tolerance import check, expected
 
 from fused_dm import _launch, _rows, _triton, dm_loss, edf, margin
-from fused_dm._launch import H100, Device, Sizes
+from fused_dm._launch import H100, MI300X, Device, Sizes
 
 DM = edf.DM(beta=8, lambd=0.5)
 REDUCTIONS = ["sum_weight", "mean"]
@@ -162,6 +162,18 @@ def test_device_and_torch_combine_alike(shape):
 
 
 # ---- The choice
+
+
+@pytest.mark.parametrize("device", [H100, MI300X], ids=["H100", "MI300X"])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_no_program_has_more_threads_than_there_are(device, itemsize):
+    choices = [_launch.forward, _launch.margin, _launch.fused, _launch.gradient]
+    for classes in (10, 100, 1000, 4096, 5000, 32000, 65536, 128256, 10**7):
+        for rows in (1, 16, 8192):
+            for spatial, shift in ((False, 0), (True, 0), (False, 16 // itemsize - 1)):
+                sizes = Sizes(1, rows, classes, itemsize, spatial, shift=shift)
+                launches = [choose(sizes, device) for choose in choices] + [_launch.fused(sizes, device, capped=True)]
+                assert max(launch.num_warps for launch in launches) * device.warp <= 1024
 
 
 def test_few_rows_are_split_so_that_every_multiprocessor_has_work():

@@ -11,6 +11,7 @@ from .rows import (
     class_offsets,
     combined_lanes,
     combined_parts,
+    combined_with_edges,
     compared_label,
     in_elements,
     in_words,
@@ -30,7 +31,6 @@ from .rows import (
     store_statistics,
     store_terms,
     stored_margin,
-    with_edges,
     with_slope,
 )
 
@@ -69,9 +69,10 @@ def row_statistics(
         inside = block_of(read & active, shift, cols, past, UNIT, LAYOUT)
         logits, _ = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
         maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
-    row_max, row_sum = combined_lanes(maxima, sums, LANES)
     if LAYOUT == "shifted":
-        row_max, row_sum = with_edges(row_max, row_sum, edges, shift, target, V, UNIT)
+        row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
+    else:
+        row_max, row_sum = combined_lanes(maxima, sums, LANES)
     return row_max, row_sum
 
 

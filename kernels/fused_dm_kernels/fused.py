@@ -8,6 +8,7 @@ from .rows import (
     class_offsets,
     coefficient,
     combined_lanes,
+    combined_with_edges,
     compared_label,
     exps_of_rows,
     finite_max,
@@ -35,7 +36,6 @@ from .rows import (
     store_terms,
     stored_margin,
     stored_terms,
-    with_edges,
     with_slope,
 )
 
@@ -112,9 +112,10 @@ def fused_kernel(
         inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
         logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
         maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
-    row_max, row_sum = combined_lanes(maxima, sums, LANES)
     if LAYOUT == "shifted":
-        row_max, row_sum = with_edges(row_max, row_sum, edges, shift, target, V, UNIT)
+        row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
+    else:
+        row_max, row_sum = combined_lanes(maxima, sums, LANES)
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     if BLOCK_N >= 8:
         # What a reduction leaves behind every thread of the row has; so it is a row for each thread.

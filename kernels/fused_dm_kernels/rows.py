@@ -301,15 +301,22 @@ def other_edges(edges, shift, target, V, UNIT: tl.constexpr):
 
 
 @triton.jit
-def with_edges(row_max, row_sum, edges, shift, target, V, UNIT: tl.constexpr):
-    """Maximum and sum of rows together with their edges."""
+def combined_with_edges(maxima, sums, edges, shift, target, V, LANES: tl.constexpr, UNIT: tl.constexpr):
+    """Maximum and sum of each row from those of its lanes, of which the first takes the edges."""
     others = other_edges(edges, shift, target, V, UNIT)
     edge_max = tl.max(tl.max(others, 2), 1)
-    edge_base = finite_max(edge_max)
-    edge_sum = tl.sum(tl.sum(exp(others - edge_base[:, None, None]), 2), 1)
-    new_max = tl.maximum(row_max, edge_max)
-    base = finite_max(new_max)
-    return new_max, row_sum * exp(row_max - base) + edge_sum * exp(edge_max - base)
+    edge_sum = tl.sum(tl.sum(exp(others - finite_max(edge_max)[:, None, None]), 2), 1)
+    if LANES > 1:
+        edge_max, edge_sum = edge_max[:, None], edge_sum[:, None]
+        first = tl.arange(0, LANES)[None, :] == 0
+        new_maxima = tl.maximum(maxima, tl.where(first, edge_max, -INF))
+        base = finite_max(new_maxima)
+        sums = sums * exp(maxima - base) + tl.where(first, edge_sum * exp(edge_max - base), 0.0)
+        return combine(new_maxima, sums, 1)
+    else:
+        new_maxima = tl.maximum(maxima, edge_max)
+        base = finite_max(new_maxima)
+        return new_maxima, sums * exp(maxima - base) + edge_sum * exp(edge_max - base)
 
 
 @triton.jit
