@@ -9,7 +9,7 @@ parameters in fp64; each is loaded once a program. log p and log q are at least 
 import triton
 import triton.language as tl
 
-from .numerics import INF, LN2, exp, expm1_negative, log_1m, log_excess, log_nonnegative, log_sum, softplus
+from .numerics import INF, LN2, exp, expm1_negative, log1p_unit, log_1m, log_excess, log_nonnegative, log_sum, softplus
 
 # exp(-80) is a normal number in fp32, and below the rounding of 1 in fp64 by far.
 NEGLIGIBLE = tl.constexpr(-80.0)
@@ -19,6 +19,17 @@ NEGLIGIBLE = tl.constexpr(-80.0)
 def param(params_ptr, index: tl.constexpr, like):
     """A parameter of the family in the dtype of `like`."""
     return tl.load(params_ptr + index).to(like.dtype)
+
+
+@triton.jit
+def log_param(params_ptr, index: tl.constexpr, like):
+    """The log of a positive parameter in the dtype of `like`, with its digits where the parameter is near 1."""
+    over = (tl.load(params_ptr + index) - 1.0).to(like.dtype)
+    value = param(params_ptr, index, like)
+    size = tl.where(over < 0.0, -over / value, over)
+    near = size <= 1.0
+    log1p = log1p_unit(tl.where(near, size, 0.0))
+    return tl.where(near, tl.where(over < 0.0, -log1p, log1p), tl.log(value))
 
 
 @triton.jit
@@ -111,14 +122,14 @@ def gce_loss(log_p, log_q, params_ptr):
 @triton.jit
 def truncated_gce_log_weight(log_p, log_q, params_ptr):
     """w = 2 p^q (1 - p) where p > k."""
-    inside = log_p > tl.log(param(params_ptr, 1, log_p))
+    inside = log_p > log_param(params_ptr, 1, log_p)
     return tl.where(inside, gce_log_weight(log_p, log_q, params_ptr), -INF)
 
 
 @triton.jit
 def truncated_gce_loss(log_p, log_q, params_ptr):
     """f = (1 - max(p, k)^q) / q."""
-    log_k = tl.log(param(params_ptr, 1, log_p))
+    log_k = log_param(params_ptr, 1, log_p)
     return gce_loss(tl.where(log_p < log_k, log_k, log_p), log_q, params_ptr)
 
 
@@ -200,13 +211,13 @@ def poly1_loss(log_p, log_q, params_ptr):
 @triton.jit
 def phuberce_log_weight(log_p, log_q, params_ptr):
     """w = 2 q min(1, tau p)."""
-    return LN2 + log_q + tl.minimum(tl.log(param(params_ptr, 0, log_p)) + log_p, 0.0)
+    return LN2 + log_q + tl.minimum(log_param(params_ptr, 0, log_p) + log_p, 0.0)
 
 
 @triton.jit
 def phuberce_loss(log_p, log_q, params_ptr):
     """f = log tau + (1 - tau p) where tau p <= 1, else -log p."""
-    log_tau = tl.log(param(params_ptr, 0, log_p))
+    log_tau = log_param(params_ptr, 0, log_p)
     relative = log_tau + log_p
     return tl.where(relative <= 0.0, log_tau - expm1_negative(tl.minimum(relative, 0.0)), -log_p)
 
