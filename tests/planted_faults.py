@@ -307,6 +307,7 @@ FIRST = {
     "plans: a family": ["test_edf"],
     "plans": ["test_launch", "test_layouts"],
     "pipelined": ["test_launch", "test_traffic"],
+    "EDF: log of a threshold": ["test_regressions"],
     "EDF": ["test_edf_catalogue", "test_edf"],
     "schedule": ["test_schedules"],
     "module": ["test_schedules", "test_operators"],
