@@ -196,8 +196,6 @@ def test_offsets_beyond_32_bits(reduction):
     memory = torch.empty(3 * stride + 37, dtype=torch.bfloat16, device=device_of("triton"))
     view = memory.as_strided((4, 37), (stride, 1))
     view.copy_(logits)
-    computed = view.detach().requires_grad_() * 1
-    assert computed.stride() == (37, 1)
     assert is_shifted(view)
     leaf = view.detach().requires_grad_()
     output = dm_loss(leaf, target.to(leaf.device), DM, impl="triton", reduction=reduction, return_output=True)

@@ -177,7 +177,7 @@ def read_block(
 
 @triton.jit
 def with_slope(raw, inside, active, transform_ptr, CAPPED: tl.constexpr, LAYOUT: tl.constexpr):
-    """What `read_block` read as the loss takes it, and its slope; -inf and 0 but inside, the elements of the active rows."""
+    """What `read_block` read as the loss takes it, and its slope. Under a transform -inf and 0 but inside, in active rows."""
     logits = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
     if transform_ptr is None:
         if LAYOUT == "positions":
