@@ -43,7 +43,6 @@ PASSES = {
     "gradient": 1,
     "multiply": 1,
     "fused": 2,
-    "pipelined": 2,
     "totals": 0,
 }
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
@@ -122,8 +121,6 @@ class Case:
             return _launch.combining(self.sizes, self.parts)
         if self.kernel in ("gradient", "multiply"):
             return _launch.gradient(self.sizes, device, whole_rows=self.kernel == "multiply")
-        if self.kernel == "pipelined":
-            return _launch.pipelined(self.sizes, device, 8192, 1024 // (2 * device.warp), 1)
         choose = {"fused": _launch.fused, "margin": _launch.margin}.get(self.kernel, _launch.forward)
         chosen = choose(self.sizes, device, capped="CAPPED" in self.constants)
         way = {"split": "split", "batch": "alone"}.get(self.kernel, "tiles")
@@ -184,7 +181,7 @@ class Row:
         if self.kernel == "totals" or self.dtype == "fp64":
             return found
         long = self.classes.isdigit() and int(self.classes) > 65536 and self.aligned and not self.capped
-        walks = self.kernel in ("fused", "pipelined") and long and self.target.startswith("sm_")
+        walks = self.kernel == "fused" and long and self.target.startswith("sm_")
         if walks and 2 * self.registers * self.warps * 32 <= 65536:
             # Twice as many rows would be in flight, more than L2 holds.
             found.append(f"{self.registers} registers leave room for two programs on a multiprocessor")
@@ -195,7 +192,7 @@ class Row:
         if self.aligned and not self.combines:
             if self.wide_loads < passes * wide:
                 found.append(f"{self.wide_loads} loads of 128 bits, expected {passes * wide}")
-            stores = {"gradient": 1, "multiply": 1, "pipelined": 1, "fused": passes}.get(self.kernel, 0)
+            stores = {"gradient": 1, "multiply": 1, "fused": passes}.get(self.kernel, 0)
             if self.wide_stores < stores * wide:
                 found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
         # Rows that a thread has a part of.
@@ -207,7 +204,7 @@ class Row:
         per_row = EXP_PER_ROW + EXP_OF_FAMILY[self.family]
         if self.lanes > 1:
             # The gradient of the label's block is another branch than that of the others: of the two one is run.
-            per_element += self.kernel in ("gradient", "fused", "pipelined")
+            per_element += self.kernel in ("gradient", "fused")
             per_row += EXP_PER_LANE
         passes_of_edges, more_of_row = EXP_OF_EDGES.get(self.kernel, (0, 0)) if self.layout == "shifted" else (0, 0)
         edges = passes_of_edges * math.ceil(self.block_n * 2 * vector / threads)
@@ -228,7 +225,6 @@ CASES = [
     *(Case("fused", "bf16", classes) for classes in (16, 256, 1000, 8192, 16384, 32000, 128256, 50257)),
     *(Case(kernel, "fp32", classes) for kernel in ("forward", "gradient") for classes in (1000, 128256)),
     *(Case("fused", "fp32", classes) for classes in (1000, 8192, 32000)),
-    *(Case("pipelined", dtype, 128256) for dtype in ("bf16", "fp32")),
     *(Case(kernel, "bf16", 128256) for kernel in ("margin", "multiply")),
     *(Case("split", dtype, 10**7, rows=16) for dtype in ("bf16", "fp32")),
     Case("batch", "bf16", 10**7, rows=16, parts=66),
@@ -280,11 +276,11 @@ VARIANTS = [
 
 def compile_case(case: Case, target: GPUTarget):
     """The compiled kernel, specialised as a launch on aligned tensors would be."""
-    kernel = getattr(kernels, f"{case.kernel}_kernel")
+    launch = case.launch(target)
+    blocks = case.kernel == "fused" and launch.span > launch.block_v
+    kernel = kernels.fused_blocks_kernel if blocks else getattr(kernels, f"{case.kernel}_kernel")
     log_weight, loss = kernels.FAMILIES[case.family]
     compute = "fp64" if case.dtype == "fp64" else "fp32"
-    launch = case.launch(target)
-    one_block = launch.span == launch.block_v
     constants = {
         "LOG_WEIGHT": log_weight,
         "LOSS": loss,
@@ -294,7 +290,7 @@ def compile_case(case: Case, target: GPUTarget):
         "transform_ptr": None,
         "CAPPED": False,
         "STREAM": launch.stream,
-        "ONE_BLOCK": one_block,
+        "ONE_BLOCK": True,
         "PARTS": triton.next_power_of_2(case.parts or 1),
         "BLOCK_N": launch.block_n,
         "BLOCK_V": launch.block_v,

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ def chosen(kernel: str, case: Case) -> Launch:
 
 def trials(kernel: str, case: Case) -> list[Trial]:
     """The package's choice first, then the others."""
-    first, sizes = chosen(kernel, case), sizes_of(case)
+    first, sizes, device = chosen(kernel, case), sizes_of(case), _triton._properties(torch.device("cuda", 0))
     found = [first]
 
     def add(rows: int, block_v: int, warps: int, stages: int = 1, repeat: int = 1) -> None:
@@ -72,17 +73,26 @@ def trials(kernel: str, case: Case) -> list[Trial]:
 
     if case.classes > 4096:
         blocks = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)]
-        for block_v, warps in blocks + ([(32768, 16), (32768, 32)] if kernel == "fused" else []):
-            for stages in (1, 2, 3) if kernel == "gradient" else (1, 2):
+        for block_v, warps in blocks[1:] if kernel == "fused" else blocks:
+            for stages in {"forward": (1,), "gradient": (1, 2, 3), "fused": (1,)}[kernel]:
                 if case.classes > block_v or stages == 1:
                     add(1, block_v, warps, stages)
             for repeat in (2, 4) if kernel == "forward" and first.way == "tiles" else ():
                 add(1, block_v, warps, 1, repeat)
-        # Those whose registers do not spill, and as many programs as a multiprocessor has registers for, or L2 room.
-        pipelined = [(4096, 4, 2), (4096, 8, 1), (4096, 8, 2), (8192, 8, 1), (8192, 16, 1), (8192, 16, 0.75), (16384, 16, 1)]
-        for block_v, warps, resident in pipelined if kernel == "fused" and first.way == "tiles" and not sizes.shift else ():
-            device = _triton._properties(torch.device("cuda", 0))
-            found.append(_launch.pipelined(sizes, device, block_v, warps, resident))
+        in_turn = [(4096, 4, 4), (4096, 8, 2), (4096, 8, 4), (8192, 8, 1), (8192, 8, 2), (8192, 16, 1), (8192, 16, 2)]
+        in_turn += [(16384, 16, 1), (16384, 32, 1)]
+        for block_v, warps, resident in in_turn if kernel == "fused" and first.way == "tiles" else ():
+            if case.classes > block_v:
+                # As many registers as leave room for those programs.
+                registers = 65536 // (32 * warps * resident)
+                found.append(
+                    _launch.in_turn(
+                        Launch("tiles", 1, block_v, warps, -(-first.span // block_v) * block_v, True, 32 * warps),
+                        sizes,
+                        device,
+                        resident,
+                    )._replace(registers=registers if registers < 255 else 0)
+                )
     else:
         width = _launch._power_of_2(sizes.columns)
         for elements in (1024, 2048, 4096, 8192):
@@ -188,7 +198,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", help="kernels whose name contains this")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases in whose name this regular expression is found")
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="read rows that begin anywhere one element at a time, for comparison"
     )
@@ -204,7 +214,7 @@ def main() -> int:
     found = [
         trial
         for case in CASES
-        if arguments.only in case.name
+        if re.search(arguments.only, case.name)
         for kernel in PASSES
         if arguments.kernel in kernel
         for trial in trials(kernel, case)

@@ -6,6 +6,7 @@ after each, the most important first; a second call goes on with what is missing
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -18,8 +19,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,8 @@ class Case:
     rows: int
     classes: int
     dtype: str
-    # Compiling takes longer than timing: only where a figure is promised.
-    compiled: bool = False
+    # A figure is promised: there are the ways that take long to compile, and launches are counted.
+    promised: bool = False
 
     @property
     def name(self) -> str:
@@ -66,7 +69,7 @@ def cases() -> list[Case]:
     rows = [(rows, 128256) for rows in (1024, 2048, 4096, 16384, 32768)]
     few_classes = [(32768, 1 << power) for power in range(8, 17)]
     small = [(rows, classes) for rows in (128, 256, 1024, 4096) for classes in (10, 100, 1000, 10000, 21841)]
-    found = [Case(*shape, "bfloat16", compiled=True) for shape in promised]
+    found = [Case(*shape, "bfloat16", promised=True) for shape in promised]
     found += [Case(*shape, "bfloat16") for shape in models + rows + few_classes]
     found += [Case(*shape, "float32") for shape in promised + models[:1] + rows[:2]]
     found += [Case(*shape, dtype) for dtype in ("bfloat16", "float32") for shape in small]
@@ -94,6 +97,9 @@ def batch(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 
 # ---- Ways to compute a loss
+
+# Ways that compile nothing.
+READY = ("F.cross_entropy", "weighted F.cross_entropy", "reference")
 
 
 class _Fresh(torch.autograd.Function):
@@ -176,7 +182,7 @@ def ways(case: Case) -> dict[str, Way]:
         "weighted F.cross_entropy": Way(weighted_cross_entropy, "sum_weight"),
         "reference": Way(lambda z, y: dm_loss(z, y, DM, impl="reference"), "sum_weight"),
     }
-    if case.compiled:
+    if case.promised:
         found["formula, compiled"] = Way(torch.compile(formula, dynamic=False), "sum_weight")
         found["weighted F.cross_entropy, compiled"] = Way(torch.compile(weighted_cross_entropy, dynamic=False), "sum_weight")
     return found
@@ -196,16 +202,25 @@ def exact_divisor(logits: Tensor, target: Tensor) -> float:
     return total
 
 
-def check(way: Way, logits: Tensor, target: Tensor, divisor: float) -> float:
+def check(way: Way, logits: Tensor, target: Tensor, divisor: float, truths: dict[Any, Any] | None = None) -> float:
     """The largest error of the gradient on some rows as a share of the bound of tests/tolerance.py.
 
     The bound for those rows takes the divisor as given. That of the batch is compared with its exact value, by which it may be
-    off as far as the worst of these rows' weights: a weighted mean of errors is at most the largest.
+    off as far as the worst of these rows' weights: a weighted mean of errors is at most the largest. `truths` keeps what has
+    been computed for other ways of the same batch.
     """
     from tolerance import expected, share_of_bound
 
     rows, classes = logits.shape
-    few = torch.linspace(0, rows - 1, max(2, min(4, (1 << 22) // classes))).long().unique().to(logits.device)
+    few = torch.linspace(rows - 1, 0, max(1, min(4, (1 << 23) // classes))).long().unique().to(logits.device)
+    truths = {} if truths is None else truths
+
+    def truth_for(emphasis: Any, **options: Any) -> Any:
+        key = (type(emphasis), *options.values())
+        if key not in truths:
+            truths[key] = expected(logits[few], target[few], emphasis, **options)
+        return truths[key]
+
     options: dict[str, Any] = {"reduction": "sum", "normalizer": float(rows)}
     emphasis: Any = edf.CCE() if way.truth == "mean cross entropy" else DM
     share = 0.0
@@ -215,12 +230,12 @@ def check(way: Way, logits: Tensor, target: Tensor, divisor: float) -> float:
         with torch.no_grad():
             output = dm_loss(logits, target, DM, return_output=True)
         options["normalizer"] = output.sum_weight.item()
-        truth = expected(logits[few], target[few], emphasis, **options)
+        truth = truth_for(emphasis, **options)
         share = abs(output.sum_weight.item() / divisor - 1)
         share /= (truth.allowed["example_weight"] / truth.example_weight.abs()).max().item()
     leaf = logits.detach().requires_grad_()
     way.loss(_Fresh.apply(leaf) if way.overwrites else leaf, target).backward()
-    truth = expected(logits[few], target[few], emphasis, **options)
+    truth = truth_for(emphasis, **options)
     return max(share, share_of_bound(leaf.grad[few], truth.dlogits, truth.allowed["dlogits"]).max().item())
 
 
@@ -324,9 +339,11 @@ def spread(milliseconds: list[float]) -> dict[str, float]:
     return {**at, "q50": statistics.median(ordered), "repeats": len(ordered)}
 
 
-def measure(way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float, seconds: float) -> dict[str, Any]:
+def measure(
+    way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float, seconds: float, truths: dict[Any, Any] | None = None
+) -> dict[str, Any]:
     """Check, then time. An implementation of ours that fails its check is not timed."""
-    share = check(way, logits, target, divisor)
+    share = check(way, logits, target, divisor, truths)
     found: dict[str, Any] = {"error_share": share, "truth": way.truth}
     if way.ours and not share <= 1:
         return {**found, "failed": f"its error is {share:.3g} times the bound", "ours": True}
@@ -348,7 +365,7 @@ def measure(way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float
     found["host_ms"] = host_ms(prepare, step)
     found["peak_extra_mib"] = peak_mib(prepare, step)
     # The profiler takes longer than the timing.
-    found["launches"] = launches(prepare, step) if way.ours or case.compiled else None
+    found["launches"] = launches(prepare, step) if case.promised else None
     found |= {"forward_bytes": way.forward * case.bytes, "step_bytes": way.step * case.bytes}
     leaf.grad = None
     return found
@@ -357,6 +374,33 @@ def measure(way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float
 def copy(logits: Tensor, seconds: float) -> dict[str, Any]:
     out = torch.empty_like(logits)
     return {"copy_ms": spread(times(lambda: out, lambda given: given.copy_(logits), seconds)), "copy_bytes": 2 * logits.nbytes}
+
+
+# ---- Compiling before measuring
+
+
+def compile_way(case: Case, name: str) -> None:
+    """Leave the kernels of a way in the caches on disk: run it once, on logits of nothing in particular."""
+    torch.set_num_threads(1)
+    # What fails, or finds no memory beside the other processes, is compiled or reported when it is measured.
+    with contextlib.suppress(Exception):
+        way = ways(case)[name]
+        logits = torch.zeros(case.rows, case.classes, dtype=getattr(torch, case.dtype), device="cuda").requires_grad_()
+        target = torch.zeros(case.rows, dtype=torch.int64, device="cuda")
+        way.loss(_Fresh.apply(logits) if way.overwrites else logits, target).backward()
+        torch.cuda.synchronize()
+        del logits
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+
+
+def compile_all(missing: list[tuple[Case, str]], processes: int) -> None:
+    """Compile what is going to be measured, in so many processes."""
+    start = time.perf_counter()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for done in [pool.submit(compile_way, *pair) for pair in missing]:
+            done.result()
+    print(f"{time.perf_counter() - start:6.1f} s  {len(missing)} ways compiled by {processes} processes", flush=True)
 
 
 # ---- The study
@@ -393,10 +437,17 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
-def study(chosen: list[Case], path: Path, budget: float, seconds: float) -> list[str]:
-    """Measure what `path` lacks until the budget of seconds is spent; the names of what is left."""
+def study(chosen: list[Case], path: Path, budget: float, seconds: float, processes: int = 0) -> list[str]:
+    """Measure what `path` lacks until the budget of seconds is spent; the names of what is left.
+
+    What is to be measured is compiled first, in so many processes.
+    """
     start = time.perf_counter()
     found = load(path)
+    if processes:
+        done = {name: case["ways"] for name, case in found["cases"].items()}
+        missing = [(case, name) for case in chosen for name in ways(case) if name not in done.get(case.name, {})]
+        compile_all([(case, name) for case, name in missing if name not in READY], processes)
     found["commands"].append(f"python -m bench.study {' '.join(sys.argv[1:])}".strip())
     left = []
     for case in chosen:
@@ -411,6 +462,7 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float) -> list
             continue
         logits, target = batch(case, "cuda" if GPU else "cpu")
         divisor = exact_divisor(logits, target)
+        truths: dict[Any, Any] = {}
         if "copy_ms" not in results:
             results |= copy(logits, seconds)
             found["cases"][case.name] = results
@@ -419,7 +471,7 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float) -> list
                 left.append(f"{case.name}: {name}")
                 continue
             try:
-                results["ways"][name] = measure(way, case, logits, target, divisor, seconds)
+                results["ways"][name] = measure(way, case, logits, target, divisor, seconds, truths)
             except torch.OutOfMemoryError:
                 results["ways"][name] = {"failed": "out of memory"}
             except Exception as error:
@@ -432,7 +484,7 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float) -> list
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{time.perf_counter() - start:6.1f} s  {case.name}: {name}: {summary(results['ways'][name])}", flush=True)
         del logits, target
-        if case.compiled:
+        if case.promised:
             # Or the sixth case would reach the limit of graphs for a function, and be run uncompiled.
             torch._dynamo.reset()
     found["load_averages"].append(round(os.getloadavg()[0], 1))
@@ -524,8 +576,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget-s", type=float, default=540, help="start nothing new after so many seconds")
     parser.add_argument("--seconds", type=float, default=0.15, help="about so long for each timing")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(12, len(os.sched_getaffinity(0))) if GPU else 0,
+        help="that compile beforehand; 0: each way is compiled when its turn comes",
+    )
     parser.add_argument("--quick", action="store_true", help="three small cases: shows that the study runs")
-    parser.add_argument("--only", default="", help="cases whose name contains this, such as 'bfloat16' or '8192 x'")
+    parser.add_argument(
+        "--only", default="", help="cases in whose name this regular expression is found, such as 'bfloat16' or '^8192 x'"
+    )
     parser.add_argument("--threads", type=int, help="torch.set_num_threads, on a CPU")
     parser.add_argument("--output", type=Path, help="the JSON file; table and plots go beside it")
     arguments = parser.parse_args()
@@ -533,10 +593,10 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     path = arguments.output or RESULTS / f"study-{'gpu' if GPU else 'cpu'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [case for case in (QUICK if arguments.quick else cases()) if arguments.only in case.name]
+    chosen = [case for case in (QUICK if arguments.quick else cases()) if re.search(arguments.only, case.name)]
     if not chosen:
-        parser.error(f"--only: expected a part of a case's name, got {arguments.only!r}")
-    left = study(chosen, path, arguments.budget_s, 0.05 if arguments.quick else arguments.seconds)
+        parser.error(f"--only: expected what is found in a case's name, got {arguments.only!r}")
+    left = study(chosen, path, arguments.budget_s, 0.05 if arguments.quick else arguments.seconds, arguments.processes)
     found = json.loads(path.read_text())
     path.with_suffix(".md").write_text(table(found))
     if any(case["ways"] and case["dtype"] == "bfloat16" for case in found["cases"].values()):

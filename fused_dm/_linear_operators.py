@@ -139,7 +139,7 @@ def _(gradient, factor, dtype):
     return torch.empty_like(gradient, dtype=dtype)
 
 
-@operator("fused_dm::attach_linear_gradients")
+@operator("fused_dm::attach_linear_gradients", returns="value")
 def attach_linear_gradients(
     input: Tensor,
     weight: Tensor,

@@ -36,25 +36,31 @@ class Operator:
 
     Attributes:
         definition: the operator as torch.library knows it.
+        returned: number of the argument that it returns with another derivative, if it does.
     """
 
-    def __init__(self, name: str, mutates_args: Sequence[str], function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, mutates_args: Sequence[str], returns: str | None, function: Callable[..., Any]) -> None:
         self.definition = torch.library.custom_op(name, mutates_args=mutates_args)(function)
         self.register_fake = self.definition.register_fake
         parameters = inspect.signature(function).parameters
         self._function = function
         self._defaults = tuple(parameter.default for parameter in parameters.values())
         self._mutated = [number for number, parameter in enumerate(parameters) if parameter in mutates_args]
+        self.returned = None if returns is None else list(parameters).index(returns)
         self._derivative: type[torch.autograd.Function] | None = None
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """As `torch.library.register_autograd`."""
         self.definition.register_autograd(backward, setup_context=setup_context)
-        function = self._function
+        function, returned = self._function, self.returned
 
         # A `setup_context` of its own would have autograd take apart the signature in every call.
         def forward(ctx, *args):
-            output = function(*args)
+            if returned is None or args[returned]._is_view():
+                output = function(*args)
+            else:
+                output = args[returned]
+                ctx.mark_dirty(output)
             setup_context(ctx, args, output)
             return output
 
@@ -75,6 +81,12 @@ class Operator:
         return self._function(*args)
 
 
-def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
-    """As `torch.library.custom_op`."""
-    return lambda function: Operator(name, mutates_args, function)
+def operator(
+    name: str, mutates_args: Sequence[str] = (), returns: str | None = None
+) -> Callable[[Callable[..., Any]], Operator]:
+    """As `torch.library.custom_op`.
+
+    `returns` is the argument that the operator returns a copy of, with another derivative. A direct call that brings the
+    derivative returns the argument itself, which the caller gives up.
+    """
+    return lambda function: Operator(name, mutates_args, returns, function)

@@ -115,7 +115,7 @@ def _margin_backward(ctx, dmargin, _):
 margin.register_autograd(_margin_backward, setup_context=_margin_setup)
 
 
-@operator("fused_dm::attach_to_margin")
+@operator("fused_dm::attach_to_margin", returns="value")
 def attach_to_margin(margin: Tensor, value: Tensor, coefficient: Tensor) -> Tensor:
     """`value`, () or (N,), with the derivative `coefficient` (N,) by the margins."""
     return value.clone()
@@ -181,7 +181,7 @@ def take(logits: Tensor) -> Tensor:
     return taken
 
 
-@operator("fused_dm::attach_overwriting2")
+@operator("fused_dm::attach_overwriting2", returns="value")
 def attach_overwriting(
     logits: Tensor,
     value: Tensor,
@@ -270,7 +270,7 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
         _cpu.scale_rows_(matrix, coefficient / norm)
 
 
-@operator("fused_dm::attach_direction2")
+@operator("fused_dm::attach_direction2", returns="value")
 def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor, norm: Tensor) -> Tensor:
     """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`."""
     return value.clone()
@@ -373,7 +373,7 @@ def _triton_loss_backward(ctx, dloss, _, __):
 triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_setup)
 
 
-@operator("fused_dm::attach_rows2")
+@operator("fused_dm::attach_rows2", returns="value")
 def attach_rows(
     logits: Tensor,
     value: Tensor,
@@ -476,7 +476,7 @@ def triton_multiply_(dlogits: Tensor, dloss: Tensor) -> None:
     _triton().multiply_(dlogits, dloss)
 
 
-@operator("fused_dm::attach_overwritten")
+@operator("fused_dm::attach_overwritten", returns="value")
 def attach_overwritten(logits: Tensor, value: Tensor, dlogits: Tensor) -> Tensor:
     """`value` (), whose gradient by the logits is `dlogits` times its derivative. The logits themselves are gone."""
     return value.clone()
@@ -516,7 +516,7 @@ def triton_rescale_(
     _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits, skip_one=True, transform=transform)
 
 
-@operator("fused_dm::attach_gradient2")
+@operator("fused_dm::attach_gradient2", returns="value")
 def attach_gradient(
     logits: Tensor,
     value: Tensor,

@@ -240,16 +240,16 @@ def _batch_plan(logits: _Logits, forms: tuple[Any, Any], ignore_index: int) -> _
         parts = split.parts if split else NO_PARTS
         fixed |= {"tiles": launch.tiles(layout.sizes), "LANES": launch.lanes, **parts, **layout.arguments(launch)}
         return _Batch(split, _Kernel(kernels.batch_kernel, 1, **fixed), 0, None)
-    programs = launch.programs(sizes)
-    fixed |= {"LANES": launch.lanes, **layout.arguments(launch)}
-    partials = programs
-    if launch.way == "pipelined":
-        kernel, partials = _Kernel(kernels.pipelined_kernel, programs, **fixed), sizes.rows
-    elif fused:
-        one_block = launch.span == launch.block_v
-        kernel = _Kernel(kernels.fused_kernel, programs, **fixed, ONE_BLOCK=one_block, STAGES=launch.stages)
+    programs = partials = launch.programs(sizes)
+    fixed |= layout.arguments(launch)
+    if not fused:
+        kernel = _Kernel(kernels.forward_kernel, programs, **fixed, LANES=launch.lanes, TILES=launch.repeat)
+    elif launch.span == launch.block_v:
+        kernel = _Kernel(kernels.fused_kernel, programs, **fixed)
     else:
-        kernel = _Kernel(kernels.forward_kernel, programs, **fixed, TILES=launch.repeat)
+        partials = launch.tiles(sizes)
+        of_blocks = {"tiles": partials, "LANES": launch.lanes, "STAGES": launch.stages}
+        kernel = _Kernel(kernels.fused_blocks_kernel, programs, **fixed, **of_blocks)
     adding = _launch.totals(partials)
     totals = _Kernel(kernels.totals_kernel, 1, P=partials, LOSS=loss, **adding, enable_fp_fusion=True)
     return _Batch(None, kernel, partials, totals)

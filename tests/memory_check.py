@@ -1,8 +1,11 @@
 """Every kernel once at small odd shapes, for `compute-sanitizer python tests/memory_check.py` on a GPU.
 
-torch's caching allocator would hide what lies beyond a tensor, so it is switched off.
+torch's caching allocator would hide what lies beyond a tensor, so it is switched off. `--share 2/8` is the third of eight
+parts that may run at once: most of the time goes into compiling.
 """
 
+import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -29,21 +32,23 @@ OPTIONS = [
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", default="0/1", help="which of how many parts, such as 2/8")
+    share, shares = map(int, parser.parse_args().share.split("/"))
     ran = 0
-    for rows, classes in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            logits, target = make(rows, classes, dtype, ignored=0.2)
-            logits, target = logits.cuda(), target.cuda()
-            for options in OPTIONS:
-                leaf = logits.clone().requires_grad_()
-                loss = dm_loss(leaf * 1 if options.get("inplace") else leaf, target, edf.DM(beta=8, lambd=0.5), **options)
-                (2 * loss.sum()).backward()
-                ran += 1
+    for (rows, classes), dtype in list(itertools.product(SHAPES, (torch.bfloat16, torch.float32)))[share::shares]:
+        logits, target = make(rows, classes, dtype, ignored=0.2)
+        logits, target = logits.cuda(), target.cuda()
+        for options in OPTIONS:
             leaf = logits.clone().requires_grad_()
-            margin(leaf, target).nansum().backward()
-            image = logits.t().contiguous()[None].requires_grad_()
-            dm_loss(image, target[None], edf.GCE(q=0.7)).backward()
-            ran += 2
+            loss = dm_loss(leaf * 1 if options.get("inplace") else leaf, target, edf.DM(beta=8, lambd=0.5), **options)
+            (2 * loss.sum()).backward()
+            ran += 1
+        leaf = logits.clone().requires_grad_()
+        margin(leaf, target).nansum().backward()
+        image = logits.t().contiguous()[None].requires_grad_()
+        dm_loss(image, target[None], edf.GCE(q=0.7)).backward()
+        ran += 2
     features = torch.randn(130, 24, device="cuda", requires_grad=True)
     weight = torch.randn(1003, 24, device="cuda", requires_grad=True)
     target = torch.randint(1003, (130,), device="cuda")

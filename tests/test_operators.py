@@ -6,6 +6,7 @@ import pytest
 import torch
 from batches import DTYPES, GPU, device_of, make, run
 from tolerance import check, expected
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dm import DMLoss, _operators, dm_loss, edf, margin
@@ -77,10 +78,27 @@ def test_what_an_operator_overwrites_has_another_version(impl):
     for operator, args in operators(torch.float32, impl):
         schema = operator.definition._opoverload._schema
         written = [number for number, argument in enumerate(schema.arguments) if argument.is_write]
+        if operator.returned is not None:
+            written.append(operator.returned)
         before = [arg._version if isinstance(arg, torch.Tensor) else 0 for arg in args]
         operator(*args)
         after = [arg._version if isinstance(arg, torch.Tensor) else 0 for arg in args]
         assert [number for number in range(len(args)) if before[number] != after[number]] == written
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_loss_is_attached_without_a_copy_and_may_be_overwritten(impl, reduction, inplace):
+    logits, target = (tensor.to(device_of(impl)) for tensor in make(20, 30))
+    leaf = logits.requires_grad_()
+    with profile() as profiled:
+        loss = dm_loss(leaf * 1, target, DM, reduction=reduction, impl=impl, inplace=inplace)
+    assert "aten::clone" not in {event.name for event in profiled.events()}
+    loss /= 4
+    loss.sum().backward()
+    expected = run(impl, logits.detach(), target, DM, reduction=reduction)[1]
+    assert torch.allclose(4 * leaf.grad, expected, rtol=1e-6, atol=0)
 
 
 class _Seen(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The single fused kernel, for a divisor known beforehand."""
+"""The single fused kernel, for a divisor known beforehand: of rows that are one block, and of rows in several."""
 
 import triton
 import triton.language as tl
@@ -40,6 +40,42 @@ from .rows import (
 )
 
 
+@triton.jit
+def store_numbers(
+    rows_ptr,
+    partials_ptr,
+    tile,
+    tiles,
+    row,
+    exists,
+    valid,
+    N,
+    label_logit,
+    row_max,
+    row_sum,
+    weight_ptr,
+    params_ptr,
+    eps,
+    divisor,
+    LOG_WEIGHT: tl.constexpr,
+    LOSS: tl.constexpr,
+):
+    """Write the numbers of a tile's rows and its share of the batch sums; k of each row for dloss = 1."""
+    BLOCK_N: tl.constexpr = row.shape[0]
+    margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
+    if BLOCK_N >= 8:
+        # What a reduction leaves behind every thread of the row has; so it is a row for each thread.
+        tl.debug_barrier()
+        margin = stored_margin(rows_ptr, row, exists, N)
+    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
+    store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS)
+    store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
+    if BLOCK_N >= 8:
+        tl.debug_barrier()
+        log_weight, unit = stored_terms(rows_ptr, row, exists, N)
+    return coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(row_sum.dtype))
+
+
 @triton.jit(do_not_specialize=["N", "D"])
 def fused_kernel(
     logits_ptr,  # (images, V, D)
@@ -62,21 +98,11 @@ def fused_kernel(
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # a block has all columns: no loop, which leaves registers for a larger block
     BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    LANES: tl.constexpr,
-    STAGES: tl.constexpr,  # 2: a block is read ahead of the one that is worked on
+    BLOCK_V: tl.constexpr,  # at least as many as columns
 ):
-    """A program owns BLOCK_N rows and writes their numbers, its share of the value, and dlogits for dloss = 1.
-
-    The last block read stays in registers; the others are read again from the last to the first, the most recently
-    used first. A row of at most BLOCK_V classes is read once.
-    """
+    """A program reads BLOCK_N rows once and writes their numbers, its share of the value, and dlogits for dloss = 1."""
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
-    # What is read again stays in L2; what has been read again, and the gradient, leave it first.
-    KEEP: tl.constexpr = "" if ONE_BLOCK else "evict_last"
-    DROP: tl.constexpr = "" if ONE_BLOCK else "evict_first"
     tile = tl.program_id(0)
     eps = tl.load(params_ptr)
     divisor = tl.load(normalizer_ptr)
@@ -89,78 +115,186 @@ def fused_kernel(
     read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
     label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-    label = compared_label(target, shift, LANES)
-    maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
-    exps = no_exps(label_logit.dtype, BLOCK_N, BLOCK_V, LANES, UNIT)
-    blocks = 1 if ONE_BLOCK else tl.cdiv(columns, BLOCK_V)
+    label = compared_label(target, shift, 1)
     if LAYOUT == "shifted":
         edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
-    if STAGES == 2:
-        cols = tl.arange(0, BLOCK_V)[None, :]
-        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-        ahead = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, KEEP)
-    for block in tl.range(0, blocks, num_stages=1):
-        first = block * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)[None, :]
-        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-        if STAGES == 2:
-            raw = ahead
-            later = block_of(read, shift, cols + BLOCK_V, V, UNIT, LAYOUT)
-            ahead = read_block(logits_ptr, start, cols + BLOCK_V, later, logits_strides, UNIT, LAYOUT, KEEP)
-        else:
-            raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, KEEP)
-        inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
-        logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
-        maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
+    cols = tl.arange(0, BLOCK_V)[None, :]
+    inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+    raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "")
+    inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
+    logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
+    maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, 1)
+    maxima, sums, exps = scan_block(other_classes(logits, 0, cols, label, 1), maxima, sums, 1, UNIT)
     if LAYOUT == "shifted":
-        row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
+        row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, 1, UNIT)
     else:
-        row_max, row_sum = combined_lanes(maxima, sums, LANES)
-    margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
-    if BLOCK_N >= 8:
-        # What a reduction leaves behind every thread of the row has; so it is a row for each thread.
-        tl.debug_barrier()
-        margin = stored_margin(rows_ptr, row, exists, N)
-    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
-    store_partials(partials_ptr, tile, tl.num_programs(0), log_weight, sign, value, LOSS)
-    store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
-    if BLOCK_N >= 8:
-        tl.debug_barrier()
-        log_weight, unit = stored_terms(rows_ptr, row, exists, N)
-    k = coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(row_sum.dtype))
+        row_max, row_sum = maxima, sums
+    k = store_numbers(
+        rows_ptr, partials_ptr, tile, tl.num_programs(0), row, exists, valid, N, label_logit, row_max, row_sum,
+        weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
+    )  # fmt: skip
     active = k != 0.0
-    read = in_words_again(read, active, UNIT, LAYOUT)
-    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES, LAYOUT), 0.0)
-    base = finite_max(row_max)
-    if LAYOUT == "shifted":
-        store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
-    first = (blocks - 1) * BLOCK_V
-    cols = first + tl.arange(0, BLOCK_V)[None, :]
-    if STAGES == 2:
-        earlier = block_of(read & (first > 0), shift, cols - BLOCK_V, V, UNIT, LAYOUT)
-        ahead = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, DROP)
+    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, 1, LAYOUT), 0.0)
     gradient = gradient_of(exps, cols, label, k, row_sum)
+    if LAYOUT == "shifted":
+        base = finite_max(row_max)
+        store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
     if transform_ptr is not None:
         # Read again for the slope rather than kept in registers beside the exponentials.
+        read = in_words_again(read, active, UNIT, LAYOUT)
         inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-        raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, DROP)
+        raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "")
         inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
         _, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
         gradient *= slope
     written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
-    store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, DROP)
-    for done in tl.range(1, blocks, num_stages=1):
-        first = (blocks - 1 - done) * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)[None, :]
-        inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+    store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "")
+
+
+@triton.jit
+def first_block(
+    tile,
+    tiles,
+    logits_ptr,
+    target_ptr,
+    V,
+    D,
+    strides,
+    ignore_index,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The first block of a tile's examples as it is read for the first time; of a tile that there is not, -inf."""
+    image, position, exists = own_positions(tile, D, BLOCK_N)
+    exists &= tile < tiles
+    row = image * D + position
+    _, valid = own_labels(row, exists, target_ptr, ignore_index)
+    start = row_starts(image, position, strides, UNIT, LAYOUT)
+    shift = row_shifts(image, position, strides, UNIT, LAYOUT)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
+    cols = tl.arange(0, BLOCK_V)[None, :]
+    inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+    return read_block(logits_ptr, start, cols, inside, strides, UNIT, LAYOUT, "evict_last")
+
+
+@triton.jit(do_not_specialize=["N", "D"])
+def fused_blocks_kernel(
+    logits_ptr,  # (images, V, D)
+    target_ptr,  # (N,) integers
+    transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
+    weight_ptr,  # (N,) or None
+    params_ptr,  # (1 + parameters,) fp64: eps, then the family's
+    normalizer_ptr,  # () fp64
+    rows_ptr,  # (7, N) out
+    partials_ptr,  # (3, tiles) out
+    dlogits_ptr,  # (images, V, D) out; may be the logits themselves
+    N,
+    V,  # as in_elements takes it
+    D,  # positions of an image, likewise
+    logits_strides,  # of image, position and class, as row_starts takes them
+    dlogits_strides,  # likewise
+    tiles,  # of all images
+    ignore_index,
+    LOG_WEIGHT: tl.constexpr,
+    LOSS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,  # 2: a block is read ahead of the one that is worked on, across tiles too
+):
+    """A program owns every so many-th tile of BLOCK_N rows and writes what `fused_kernel` does; a row is several blocks.
+
+    The last block read stays in registers; the others are read again from the last to the first, the most recently used first.
+    What is read again stays in L2; what has been read again, and the gradient, leave it first.
+    """
+    V, D, columns = in_elements(V, D, UNIT, LAYOUT)
+    blocks = tl.cdiv(columns, BLOCK_V)
+    eps = tl.load(params_ptr)
+    divisor = tl.load(normalizer_ptr)
+    if STAGES == 2:
+        ahead = first_block(
+            tl.program_id(0), tiles, logits_ptr, target_ptr, V, D, logits_strides, ignore_index, UNIT, LAYOUT, BLOCK_N, BLOCK_V
+        )
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
+        image, position, exists = own_positions(tile, D, BLOCK_N)
+        row = image * D + position
+        target, valid = own_labels(row, exists, target_ptr, ignore_index)
+        start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
+        shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
+        out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
+        read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
+        label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
+        label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+        label = compared_label(target, shift, LANES)
+        maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
+        exps = no_exps(label_logit.dtype, BLOCK_N, BLOCK_V, LANES, UNIT)
+        if LAYOUT == "shifted":
+            edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
+        for block in tl.range(0, blocks, num_stages=1):
+            first = block * BLOCK_V
+            cols = first + tl.arange(0, BLOCK_V)[None, :]
+            if STAGES == 2:
+                raw = ahead
+                later = block_of(read, shift, cols + BLOCK_V, V, UNIT, LAYOUT)
+                ahead = read_block(logits_ptr, start, cols + BLOCK_V, later, logits_strides, UNIT, LAYOUT, "evict_last")
+            else:
+                inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+                raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_last")
+            inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
+            logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
+            maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
         if STAGES == 2:
-            raw = ahead
-            earlier = block_of(read & (first > 0), shift, cols - BLOCK_V, V, UNIT, LAYOUT)
-            ahead = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, DROP)
+            # On its way while the threads of this tile meet and its weights are computed.
+            ahead = first_block(
+                tile + tl.num_programs(0), tiles, logits_ptr, target_ptr, V, D, logits_strides, ignore_index,
+                UNIT, LAYOUT, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
+        if LAYOUT == "shifted":
+            row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
         else:
-            raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, DROP)
-        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
-        logits, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
-        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
+            row_max, row_sum = combined_lanes(maxima, sums, LANES)
+        k = store_numbers(
+            rows_ptr, partials_ptr, tile, tiles, row, exists, valid, N, label_logit, row_max, row_sum,
+            weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
+        )  # fmt: skip
+        active = k != 0.0
+        read = in_words_again(read, active, UNIT, LAYOUT)
+        exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES, LAYOUT), 0.0)
+        base = finite_max(row_max)
+        if LAYOUT == "shifted":
+            store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
+        last = (blocks - 1) * BLOCK_V
+        cols = last + tl.arange(0, BLOCK_V)[None, :]
+        if STAGES == 2:
+            earlier = block_of(read, shift, cols - BLOCK_V, V, UNIT, LAYOUT)
+            again = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, "evict_first")
+        gradient = gradient_of(exps, cols, label, k, row_sum)
+        if transform_ptr is not None:
+            # Read again for the slope rather than kept in registers beside the exponentials.
+            inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+            raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_first")
+            inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
+            _, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
+            gradient *= slope
         written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
-        store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, DROP)
+        store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")
+        for done in tl.range(1, blocks, num_stages=1):
+            first = (blocks - 1 - done) * BLOCK_V
+            cols = first + tl.arange(0, BLOCK_V)[None, :]
+            if STAGES == 2:
+                raw = again
+                earlier = block_of(read & (first > 0), shift, cols - BLOCK_V, V, UNIT, LAYOUT)
+                again = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, "evict_first")
+            else:
+                inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
+                raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_first")
+            inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
+            logits, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
+            gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
+            written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
+            store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")

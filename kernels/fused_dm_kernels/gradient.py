@@ -59,6 +59,8 @@ def gradient_kernel(
     The first program has the last rows: the pass before this one read them last, and they may still be in L2. With STREAM
     the logits and their gradient are more than that holds, and are not kept there.
     """
+    if SKIP_ONE and tl.load(dloss_ptr) == 1.0:
+        return
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     DROP: tl.constexpr = "evict_first" if STREAM else ""
     spans = tl.cdiv(columns, SPAN)
@@ -77,8 +79,6 @@ def gradient_kernel(
         dloss = tl.full([BLOCK_N], 1.0, row_sum.dtype)
     else:
         dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
-    if SKIP_ONE:
-        end = tl.where(tl.load(dloss_ptr) == 1.0, begin, end)
     if totals_ptr is None:
         k = tl.where(valid & (row_sum != 0.0), -dloss, 0.0)
         read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
@@ -143,14 +143,16 @@ def multiply_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """A program owns BLOCK_N rows by SPAN columns of dlogits and multiplies them by dloss; it does nothing where that is 1."""
+    dloss = tl.load(dloss_ptr)
+    if dloss == 1.0:
+        return
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     spans = tl.cdiv(columns, SPAN)
     begin = (tl.program_id(0) % spans) * SPAN
+    end = tl.minimum(begin + SPAN, columns)
     image, position, exists = own_positions(tl.program_id(0) // spans, D, BLOCK_N)
     start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
     shift = row_shifts(image, position, dlogits_strides, UNIT, LAYOUT)
-    dloss = tl.load(dloss_ptr)
-    end = tl.where(dloss == 1.0, begin, tl.minimum(begin + SPAN, columns))
     if LAYOUT == "shifted":
         edge_cols = edge_columns(shift, V, UNIT)
         edges = edges_of(edge_cols, exists, shift, V, begin, end, UNIT)
