@@ -296,6 +296,7 @@ def compile_case(case: Case, target: GPUTarget):
         "BLOCK_V": launch.block_v,
         "LANES": launch.lanes,
         "STAGES": launch.stages,
+        "KEPT": launch.kept,
         "TILES": launch.repeat,
         "BLOCK": launch.block_v,
     }

@@ -34,6 +34,12 @@ CASES = [Case(*shape, "bfloat16") for shape in MANY_CLASSES + FEW_CLASSES]
 CASES += [Case(8192, 128256, "float32"), Case(4096, 1000, "float32")]
 
 
+KEPT = [(16384, 16, kept, 1) for kept in (1, 2, 3)] + [(16384, 32, kept, 1) for kept in (1, 2, 3)]
+KEPT += [(8192, 16, kept, 1) for kept in (4, 6, 8)] + [(8192, 16, 2, 2), (8192, 16, 4, 2)]
+KEPT += [(8192, 8, kept, 2) for kept in (2, 3, 4)] + [(8192, 8, 1, 3), (4096, 8, 4, 3), (4096, 8, 8, 3), (4096, 8, 8, 2)]
+KEPT += [(4096, 4, 8, 3), (4096, 4, 4, 4)]
+
+
 @dataclass(frozen=True)
 class Trial:
     kernel: str
@@ -45,6 +51,7 @@ class Trial:
         launch = self.launch
         parts = f"{launch.block_n}x{launch.block_v}, {launch.num_warps} warps, {launch.stages} stages, {launch.lanes} lanes"
         most = f", {launch.registers} registers" if launch.registers else ""
+        most += f", {launch.kept} kept" if launch.kept > 1 else ""
         return f"{launch.way} {parts}, {launch.spans(sizes_of(self.case))} spans, {launch.repeat} tiles{most}"
 
 
@@ -79,20 +86,13 @@ def trials(kernel: str, case: Case) -> list[Trial]:
                     add(1, block_v, warps, stages)
             for repeat in (2, 4) if kernel == "forward" and first.way == "tiles" else ():
                 add(1, block_v, warps, 1, repeat)
-        in_turn = [(4096, 4, 4), (4096, 8, 2), (4096, 8, 4), (8192, 8, 1), (8192, 8, 2), (8192, 16, 1), (8192, 16, 2)]
-        in_turn += [(16384, 16, 1), (16384, 32, 1)]
-        for block_v, warps, resident in in_turn if kernel == "fused" and first.way == "tiles" else ():
-            if case.classes > block_v:
-                # As many registers as leave room for those programs.
-                registers = 65536 // (32 * warps * resident)
-                found.append(
-                    _launch.in_turn(
-                        Launch("tiles", 1, block_v, warps, -(-first.span // block_v) * block_v, True, 32 * warps),
-                        sizes,
-                        device,
-                        resident,
-                    )._replace(registers=registers if registers < 255 else 0)
-                )
+        # Elements of a block, warps, blocks in registers, and programs of a multiprocessor, which leave each so many registers.
+        for block_v, warps, kept, resident in KEPT if kernel == "fused" and first.way == "tiles" else ():
+            kept, span = min(kept, -(-sizes.columns // block_v)), -(-sizes.columns // block_v) * block_v
+            if span > block_v:
+                registers = 65536 // (32 * warps * resident) // 8 * 8
+                launch = Launch("tiles", 1, block_v, warps, span, True, 32 * warps, kept=kept)
+                found.append(launch._replace(registers=registers if registers < 255 else 0))
     else:
         width = _launch._power_of_2(sizes.columns)
         for elements in (1024, 2048, 4096, 8192):

@@ -82,7 +82,8 @@ class Launch(NamedTuple):
     lanes: int = 1  # parts of a row's statistics that are kept apart until its last block; 1 for a row in one
     stages: int = 1  # blocks on their way at a time
     registers: int = 0  # of a thread at most, so that as many programs fit as were measured; 0 for as many as it takes
-    repeat: int = 1  # tiles that a program of the forward or the fused kernel owns, one after another
+    repeat: int = 1  # tiles that a program of the forward kernel owns, one after another
+    kept: int = 1  # blocks of a row that the fused kernel keeps in registers
 
     def tiles(self, sizes: Sizes) -> int:
         """Tiles of rows; none crosses from one image to the next."""
@@ -127,11 +128,6 @@ def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: 
     span = _cdiv(sizes.columns, block_v) * block_v
     lanes = device.warp * num_warps if span > block_v else 1
     return Launch("tiles", 1, block_v, num_warps, span, lanes=lanes, stages=stages if span > block_v else 1)
-
-
-def in_turn(launch: Launch, sizes: Sizes, device: Device, resident: int) -> Launch:
-    """With so many programs a multiprocessor, which take tiles in turn and read a block ahead from one to the next."""
-    return launch._replace(stages=2, repeat=max(1, _cdiv(launch.tiles(sizes), resident * device.multiprocessors)))
 
 
 def _spatial(sizes: Sizes) -> Launch:
@@ -212,7 +208,6 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
             launch = launch._replace(registers=80)
     else:
         launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), min(32, MOST_THREADS // device.warp), stages=2)
-        launch = in_turn(launch, sizes, device, 1)
     programs = launch.tiles(sizes)
     if 0 < programs < device.multiprocessors and sizes.columns > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.

@@ -247,9 +247,7 @@ def _batch_plan(logits: _Logits, forms: tuple[Any, Any], ignore_index: int) -> _
     elif launch.span == launch.block_v:
         kernel = _Kernel(kernels.fused_kernel, programs, **fixed)
     else:
-        partials = launch.tiles(sizes)
-        of_blocks = {"tiles": partials, "LANES": launch.lanes, "STAGES": launch.stages}
-        kernel = _Kernel(kernels.fused_blocks_kernel, programs, **fixed, **of_blocks)
+        kernel = _Kernel(kernels.fused_blocks_kernel, programs, **fixed, LANES=launch.lanes, KEPT=launch.kept)
     adding = _launch.totals(partials)
     totals = _Kernel(kernels.totals_kernel, 1, P=partials, LOSS=loss, **adding, enable_fp_fusion=True)
     return _Batch(None, kernel, partials, totals)

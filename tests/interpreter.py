@@ -42,8 +42,8 @@ class Bounds:
         self.tensors.append(tensor)
         return np.array([tensor.data_ptr()], np.uint64) | np.uint64(len(self.tensors) - 1) << TAG
 
-    def check(self, access: str, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The addresses of all lanes, after checking those that are not masked."""
+    def check(self, access: str, pointers: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+        """The addresses of all lanes, of so many bytes each, after checking those that are not masked."""
         addresses = pointers & ADDRESS
         active = np.broadcast_to(mask, pointers.shape).astype(bool)
         if active.any():
@@ -54,6 +54,8 @@ class Bounds:
             if (tags != tags[0]).any():
                 raise OutsideTensor(f"{self.kernel}: one {access} of several tensors, {name} among them")
             tensor = self.tensors[number]
+            # A lane may be several elements of a smaller type.
+            lanes = (lanes[:, None] + np.arange(0, size, min(size, tensor.element_size()))).ravel()
             inside = elements(lanes, tensor)
             if not inside.all():
                 at = (lanes[~inside][0] - tensor.data_ptr()) // tensor.element_size()
@@ -108,12 +110,15 @@ def install() -> None:
     load, store, cast = kind.create_masked_load, kind.create_masked_store, kind.cast_impl
     convert, launch = interpreter._implicit_cvt, interpreter.GridExecutor.__call__
 
+    def size_of(pointers):
+        return max(8, pointers.get_element_ty().primitive_bitwidth) // 8
+
     def checked_load(self, ptrs, mask, *rest):
-        addresses = bounds.check("load", ptrs.data, mask.data)
+        addresses = bounds.check("load", ptrs.data, mask.data, size_of(ptrs))
         return load(self, interpreter.TensorHandle(addresses, ptrs.dtype), mask, *rest)
 
     def checked_store(self, ptrs, value, mask, *rest):
-        addresses = bounds.check("store", ptrs.data, mask.data)
+        addresses = bounds.check("store", ptrs.data, mask.data, size_of(ptrs))
         return store(self, interpreter.TensorHandle(addresses, ptrs.dtype), value, mask, *rest)
 
     def rounded_cast(self, source, to):

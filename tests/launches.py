@@ -55,9 +55,9 @@ def _row_in_blocks(sizes, device, way="tiles"):
     return launch._replace(way=way, block_n=1, block_v=block_v, span=span, stream=True, lanes=lanes)
 
 
-def _in_turn(launch):
-    """Tiles of several blocks one after another by the same program, which reads ahead from one to the next."""
-    return launch._replace(stages=2, repeat=3) if launch.span > launch.block_v else launch
+def _keeping(launch, most):
+    """Up to so many blocks of a row stay in registers."""
+    return launch._replace(kept=min(most, launch.span // launch.block_v))
 
 
 # How each function of _launch answers, by the launch shape that is to be tried.
@@ -83,7 +83,7 @@ WAYS = {
     },
     "small blocks": {
         "forward": lambda sizes, device, capped=False: _small_blocks(sizes, device),
-        "fused": lambda sizes, device, capped=False: _in_turn(_small_blocks(sizes, device)),
+        "fused": lambda sizes, device, capped=False: _keeping(_small_blocks(sizes, device), 2),
         "gradient": lambda sizes, device, whole_rows=False: _small_blocks(sizes, device, "spans"),
     },
     "rows in blocks": {
@@ -92,7 +92,8 @@ WAYS = {
         "fused": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _row_in_blocks(sizes, device, "spans"),
     },
-    "rows in turn": {"fused": lambda sizes, device, capped=False: _in_turn(_row_in_blocks(sizes, device))},
+    "kept blocks": {"fused": lambda sizes, device, capped=False: _keeping(_row_in_blocks(sizes, device), 3)},
+    "kept rows": {"fused": lambda sizes, device, capped=False: _keeping(_row_in_blocks(sizes, device), 4)},
 }
 
 # Those that differ in what is launched, and not within a kernel.

@@ -18,13 +18,14 @@ from .rows import (
     in_words,
     in_words_again,
     load_label,
-    no_exps,
+    of_active,
     no_statistics,
     other_classes,
     own_labels,
     own_positions,
     read_block,
     read_edges,
+    read_packed,
     row_shifts,
     row_starts,
     row_terms,
@@ -36,6 +37,7 @@ from .rows import (
     store_terms,
     stored_margin,
     stored_terms,
+    unpacked,
     with_slope,
 )
 
@@ -151,34 +153,6 @@ def fused_kernel(
     store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "")
 
 
-@triton.jit
-def first_block(
-    tile,
-    tiles,
-    logits_ptr,
-    target_ptr,
-    V,
-    D,
-    strides,
-    ignore_index,
-    UNIT: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """The first block of a tile's examples as it is read for the first time; of a tile that there is not, -inf."""
-    image, position, exists = own_positions(tile, D, BLOCK_N)
-    exists &= tile < tiles
-    row = image * D + position
-    _, valid = own_labels(row, exists, target_ptr, ignore_index)
-    start = row_starts(image, position, strides, UNIT, LAYOUT)
-    shift = row_shifts(image, position, strides, UNIT, LAYOUT)
-    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
-    cols = tl.arange(0, BLOCK_V)[None, :]
-    inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-    return read_block(logits_ptr, start, cols, inside, strides, UNIT, LAYOUT, "evict_last")
-
-
 @triton.jit(do_not_specialize=["N", "D"])
 def fused_blocks_kernel(
     logits_ptr,  # (images, V, D)
@@ -188,14 +162,13 @@ def fused_blocks_kernel(
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     normalizer_ptr,  # () fp64
     rows_ptr,  # (7, N) out
-    partials_ptr,  # (3, tiles) out
+    partials_ptr,  # (3, programs) out
     dlogits_ptr,  # (images, V, D) out; may be the logits themselves
     N,
     V,  # as in_elements takes it
     D,  # positions of an image, likewise
     logits_strides,  # of image, position and class, as row_starts takes them
     dlogits_strides,  # likewise
-    tiles,  # of all images
     ignore_index,
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
@@ -205,96 +178,94 @@ def fused_blocks_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    STAGES: tl.constexpr,  # 2: a block is read ahead of the one that is worked on, across tiles too
+    KEPT: tl.constexpr,  # blocks at the beginning of a row that stay in registers, as they were read; at most all
 ):
-    """A program owns every so many-th tile of BLOCK_N rows and writes what `fused_kernel` does; a row is several blocks.
+    """What `fused_kernel` does, for rows of several blocks, of which all but the first KEPT are read twice.
 
-    The last block read stays in registers; the others are read again from the last to the first, the most recently used first.
-    What is read again stays in L2; what has been read again, and the gradient, leave it first.
+    They are read again from the last to the first, the most recently used first, and stay in L2 until then; what has been read
+    for the last time, and the gradient, leave it first. Each is read one block ahead.
     """
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
-    blocks = tl.cdiv(columns, BLOCK_V)
+    tile = tl.program_id(0)
     eps = tl.load(params_ptr)
     divisor = tl.load(normalizer_ptr)
-    if STAGES == 2:
-        ahead = first_block(
-            tl.program_id(0), tiles, logits_ptr, target_ptr, V, D, logits_strides, ignore_index, UNIT, LAYOUT, BLOCK_N, BLOCK_V
+    image, position, exists = own_positions(tile, D, BLOCK_N)
+    row = image * D + position
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
+    shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
+    out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
+    label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
+    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+    label = compared_label(target, shift, LANES)
+    maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
+    if LAYOUT == "shifted":
+        edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    blocks = tl.cdiv(columns, BLOCK_V)
+    kept = ()
+    for number in tl.static_range(KEPT):
+        packed = read_packed(
+            logits_ptr, start, number * BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first"
         )
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-        image, position, exists = own_positions(tile, D, BLOCK_N)
-        row = image * D + position
-        target, valid = own_labels(row, exists, target_ptr, ignore_index)
-        start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
-        shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
-        out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
-        read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
-        label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
-        label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-        label = compared_label(target, shift, LANES)
-        maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
-        exps = no_exps(label_logit.dtype, BLOCK_N, BLOCK_V, LANES, UNIT)
-        if LAYOUT == "shifted":
-            edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
-        for block in tl.range(0, blocks, num_stages=1):
-            first = block * BLOCK_V
-            cols = first + tl.arange(0, BLOCK_V)[None, :]
-            if STAGES == 2:
-                raw = ahead
-                later = block_of(read, shift, cols + BLOCK_V, V, UNIT, LAYOUT)
-                ahead = read_block(logits_ptr, start, cols + BLOCK_V, later, logits_strides, UNIT, LAYOUT, "evict_last")
-            else:
-                inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-                raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_last")
-            inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
-            logits, _ = with_slope(raw, inside, valid, transform_ptr, CAPPED, LAYOUT)
-            maxima, sums, exps = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
-        if STAGES == 2:
-            # On its way while the threads of this tile meet and its weights are computed.
-            ahead = first_block(
-                tile + tl.num_programs(0), tiles, logits_ptr, target_ptr, V, D, logits_strides, ignore_index,
-                UNIT, LAYOUT, BLOCK_N, BLOCK_V,
-            )  # fmt: skip
-        if LAYOUT == "shifted":
-            row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
-        else:
-            row_max, row_sum = combined_lanes(maxima, sums, LANES)
-        k = store_numbers(
-            rows_ptr, partials_ptr, tile, tiles, row, exists, valid, N, label_logit, row_max, row_sum,
-            weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
-        )  # fmt: skip
-        active = k != 0.0
-        read = in_words_again(read, active, UNIT, LAYOUT)
-        exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, LANES, LAYOUT), 0.0)
-        base = finite_max(row_max)
-        if LAYOUT == "shifted":
-            store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
-        last = (blocks - 1) * BLOCK_V
-        cols = last + tl.arange(0, BLOCK_V)[None, :]
-        if STAGES == 2:
-            earlier = block_of(read, shift, cols - BLOCK_V, V, UNIT, LAYOUT)
-            again = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, "evict_first")
-        gradient = gradient_of(exps, cols, label, k, row_sum)
-        if transform_ptr is not None:
-            # Read again for the slope rather than kept in registers beside the exponentials.
-            inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-            raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_first")
-            inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
-            _, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
-            gradient *= slope
+        kept += (packed,)
+    ahead = read_packed(
+        logits_ptr, start, KEPT * BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last"
+    )
+    for number in tl.static_range(KEPT):
+        first = number * BLOCK_V
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
+        logits, _ = with_slope(unpacked(kept[number], dtype), inside, valid, transform_ptr, CAPPED, LAYOUT)
+        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
+    for block in tl.range(KEPT, blocks, num_stages=1):
+        first = block * BLOCK_V
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        packed = ahead
+        ahead = read_packed(
+            logits_ptr, start, first + BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last"
+        )
+        inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
+        logits, _ = with_slope(unpacked(packed, dtype), inside, valid, transform_ptr, CAPPED, LAYOUT)
+        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
+    if LAYOUT == "shifted":
+        row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
+    else:
+        row_max, row_sum = combined_lanes(maxima, sums, LANES)
+    k = store_numbers(
+        rows_ptr, partials_ptr, tile, tl.num_programs(0), row, exists, valid, N, label_logit, row_max, row_sum,
+        weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
+    )  # fmt: skip
+    active = k != 0.0
+    read = in_words_again(read, active, UNIT, LAYOUT)
+    base = finite_max(row_max)
+    if LAYOUT == "shifted":
+        store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
+    ahead = read_packed(
+        logits_ptr, start, (blocks - 1) * BLOCK_V, read & (blocks > KEPT), shift, V, logits_strides,
+        UNIT, LAYOUT, BLOCK_V, "evict_first",
+    )  # fmt: skip
+    for number in tl.static_range(KEPT):
+        first = number * BLOCK_V
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        packed = of_active(kept[number], active, dtype, LANES)
+        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
+        logits, slope = with_slope(unpacked(packed, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
+        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
         written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
         store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")
-        for done in tl.range(1, blocks, num_stages=1):
-            first = (blocks - 1 - done) * BLOCK_V
-            cols = first + tl.arange(0, BLOCK_V)[None, :]
-            if STAGES == 2:
-                raw = again
-                earlier = block_of(read & (first > 0), shift, cols - BLOCK_V, V, UNIT, LAYOUT)
-                again = read_block(logits_ptr, start, cols - BLOCK_V, earlier, logits_strides, UNIT, LAYOUT, "evict_first")
-            else:
-                inside = block_of(read, shift, cols, V, UNIT, LAYOUT)
-                raw = read_block(logits_ptr, start, cols, inside, logits_strides, UNIT, LAYOUT, "evict_first")
-            inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
-            logits, slope = with_slope(raw, inside, active, transform_ptr, CAPPED, LAYOUT)
-            gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
-            written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
-            store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")
+    for done in tl.range(KEPT, blocks, num_stages=1):
+        block = blocks - 1 + KEPT - done
+        first = block * BLOCK_V
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        packed = ahead
+        earlier = read & (block > KEPT)
+        ahead = read_packed(
+            logits_ptr, start, first - BLOCK_V, earlier, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first"
+        )
+        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
+        logits, slope = with_slope(unpacked(packed, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
+        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
+        written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
+        store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")

@@ -176,6 +176,66 @@ def read_block(
 
 
 @triton.jit
+def read_packed(
+    logits_ptr,
+    start,
+    first,
+    rows,
+    shift,
+    V,
+    strides,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """What `read_block` reads of the columns from `first` on for some rows, two 16-bit elements in an integer where that goes."""
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    if UNIT > 1 and dtype.primitive_bitwidth == 16 and LAYOUT != "positions":
+        # All in multiples of UNIT / 2, for the compiler to see that 16 bytes are one access.
+        pairs = first // UNIT * (UNIT // 2) + tl.arange(0, BLOCK_V // 2)[None, :]
+        inside = rows[:, None] & (pairs < (shift + V)[:, None] // UNIT * (UNIT // 2))
+        if LAYOUT == "shifted":
+            inside &= pairs >= (shift + UNIT - 1)[:, None] // UNIT * (UNIT // 2)
+        pairs_ptr = logits_ptr.to(tl.pointer_type(tl.int32)) + (start // UNIT * (UNIT // 2))[:, None]
+        nothing = -0x7F0080 if dtype == tl.bfloat16 else -0x3FF0400
+        return tl.load(pairs_ptr + pairs, mask=inside, other=nothing, eviction_policy=EVICT)
+    else:
+        cols = first + tl.arange(0, BLOCK_V)[None, :]
+        inside = block_of(rows, shift, cols, V, UNIT, LAYOUT)
+        return read_block(logits_ptr, start, cols, inside, strides, UNIT, LAYOUT, EVICT)
+
+
+@triton.jit
+def of_active(packed, active, dtype: tl.constexpr, LANES: tl.constexpr):
+    """What `read_packed` read of the active rows, -inf of the others: a row that does not count may hold anything."""
+    if packed.dtype == tl.int32:
+        nothing = -0x7F0080 if dtype == tl.bfloat16 else -0x3FF0400
+    else:
+        nothing = -INF
+    if LANES > 1:
+        # A number: a tensor would bring its own layout.
+        return tl.where(tl.max(active.to(tl.int32), 0) != 0, packed, nothing)
+    else:
+        return tl.where(active[:, None], packed, nothing)
+
+
+@triton.jit
+def unpacked(packed, dtype: tl.constexpr):
+    """The elements of `read_packed` in order."""
+    if packed.dtype == tl.int32:
+        if dtype == tl.bfloat16:
+            low = (packed << 16).to(tl.float32, bitcast=True)
+            high = (packed & -0x10000).to(tl.float32, bitcast=True)
+        else:
+            low = packed.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            high = (packed >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        return tl.reshape(tl.join(low, high), [packed.shape[0], 2 * packed.shape[1]])
+    else:
+        return packed
+
+
+@triton.jit
 def with_slope(raw, inside, active, transform_ptr, CAPPED: tl.constexpr, LAYOUT: tl.constexpr):
     """What `read_block` read as the loss takes it, and its slope. Under a transform -inf and 0 but inside, in active rows."""
     logits = raw if raw.dtype == tl.float64 else raw.to(tl.float32)
@@ -469,12 +529,14 @@ def gradient_of(exps, cols, label, k, row_sum):
 def gradient_block(logits, base, first, cols, label, k, row_sum, LANES: tl.constexpr):
     """`gradient_of` the exponentials of a block; the label is looked for as by `other_classes`."""
     if LANES > 1:
+        # Numbers: tensors would bring their own layout to the block.
+        base, k, row_sum = tl.sum(base, 0), tl.sum(k, 0), tl.sum(row_sum, 0)
+        share = k / tl.where(k == 0.0, 1.0, row_sum)
         if has_label(first, label, logits.shape[1]):
             others = tl.where(cols == label, -INF, logits)
-            gradient = gradient_of(exp(others - base[:, None]), cols, label, k, row_sum)
+            gradient = tl.where(cols == label, -k, exp(others - base) * share)
         else:
-            share = k / tl.where(k == 0.0, 1.0, row_sum)
-            gradient = exp(logits - base[:, None]) * share[:, None]
+            gradient = exp(logits - base) * share
         return gradient
     else:
         others = tl.where(cols == label, -INF, logits)
