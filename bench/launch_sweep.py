@@ -31,13 +31,16 @@ PASSES = {"forward": 1, "gradient": 2, "fused": 2}
 MANY_CLASSES = [(8192, 32000), (8192, 50257), (8192, 50304), (8192, 128256), (8192, 262144), (16, 10_000_000)]
 FEW_CLASSES = [(4096, 1000), (4096, 1001), (32768, 256), (32768, 257), (32768, 2048)]
 CASES = [Case(*shape, "bfloat16") for shape in MANY_CLASSES + FEW_CLASSES]
-CASES += [Case(8192, 128256, "float32"), Case(4096, 1000, "float32")]
+CASES += [Case(8192, 128256, "float32"), Case(8192, 32000, "float32"), Case(4096, 1000, "float32")]
 
 
-KEPT = [(16384, 16, kept, 1) for kept in (1, 2, 3)] + [(16384, 32, kept, 1) for kept in (1, 2, 3)]
-KEPT += [(8192, 16, kept, 1) for kept in (4, 6, 8)] + [(8192, 16, 2, 2), (8192, 16, 4, 2)]
-KEPT += [(8192, 8, kept, 2) for kept in (2, 3, 4)] + [(8192, 8, 1, 3), (4096, 8, 4, 3), (4096, 8, 8, 3), (4096, 8, 8, 2)]
-KEPT += [(4096, 4, 8, 3), (4096, 4, 4, 4)]
+# Elements of a block of the fused kernel, warps, blocks in registers, and programs of a multiprocessor; by bytes of a logit.
+KEPT_16 = [(16384, 16, 3, 1), (16384, 32, 2, 1), (16384, 32, 3, 1), (8192, 16, 4, 1), (8192, 16, 6, 1), (8192, 16, 8, 1)]
+KEPT_16 += [(8192, 16, 10, 1), (8192, 16, 2, 2), (8192, 16, 4, 2), (8192, 8, 2, 2), (8192, 8, 4, 2), (4096, 8, 8, 2)]
+KEPT_16 += [(4096, 8, 12, 2), (4096, 8, 2, 3), (4096, 8, 4, 3), (4096, 8, 6, 3), (4096, 8, 8, 3), (2048, 8, 16, 3)]
+KEPT_32 = [(8192, 16, 2, 1), (8192, 16, 3, 1), (8192, 16, 4, 1), (4096, 16, 6, 1), (4096, 16, 8, 1), (4096, 16, 2, 2)]
+KEPT_32 += [(4096, 8, 2, 2), (4096, 8, 4, 2), (4096, 8, 1, 3), (4096, 8, 2, 3)]
+KEPT = {2: KEPT_16, 4: KEPT_32}
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,15 @@ def trials(kernel: str, case: Case) -> list[Trial]:
 
     if case.classes > 4096:
         blocks = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)]
-        for block_v, warps in blocks[1:] if kernel == "fused" else blocks:
-            for stages in {"forward": (1,), "gradient": (1, 2, 3), "fused": (1,)}[kernel]:
+        for block_v, warps in blocks if kernel != "fused" else ():
+            for stages in (1, 2, 3) if kernel == "gradient" else (1,):
                 if case.classes > block_v or stages == 1:
                     add(1, block_v, warps, stages)
             for repeat in (2, 4) if kernel == "forward" and first.way == "tiles" else ():
                 add(1, block_v, warps, 1, repeat)
-        # Elements of a block, warps, blocks in registers, and programs of a multiprocessor, which leave each so many registers.
-        for block_v, warps, kept, resident in KEPT if kernel == "fused" and first.way == "tiles" else ():
-            kept, span = min(kept, -(-sizes.columns // block_v)), -(-sizes.columns // block_v) * block_v
-            if span > block_v:
-                registers = 65536 // (32 * warps * resident) // 8 * 8
-                launch = Launch("tiles", 1, block_v, warps, span, True, 32 * warps, kept=kept)
-                found.append(launch._replace(registers=registers if registers < 255 else 0))
+        for choice in KEPT[sizes.itemsize] if kernel == "fused" and first.way == "tiles" else ():
+            if case.classes > choice[0]:
+                found.append(_launch.in_blocks(sizes, device, _launch.InBlocks(1 << 62, *choice)))
     else:
         width = _launch._power_of_2(sizes.columns)
         for elements in (1024, 2048, 4096, 8192):

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -399,7 +400,12 @@ def compile_all(missing: list[tuple[Case, str]], processes: int) -> None:
     start = time.perf_counter()
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for done in [pool.submit(compile_way, *pair) for pair in missing]:
-            done.result()
+            try:
+                done.result()
+            except BrokenProcessPool as error:
+                # A compiler that crashed: what is left is compiled when it is measured.
+                print(f"compiling beforehand ended early: {error}", flush=True)
+                break
     print(f"{time.perf_counter() - start:6.1f} s  {len(missing)} ways compiled by {processes} processes", flush=True)
 
 

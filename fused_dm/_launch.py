@@ -21,6 +21,8 @@ TILES_ALONE = 4
 SHIFTED = 16
 # From this architecture of NVIDIA's on a kernel's registers are left to the compiler: it would spill some.
 ARCH_UNLIMITED = 100
+# 16-bit elements of a block of the gradient, and its warps.
+GRADIENT_BLOCKS = ((16384, 16), (8192, 16))
 # Bytes that an H100 moves while it starts one more launch.
 LAUNCH_BYTES = 6 << 20
 
@@ -98,6 +100,29 @@ class Launch(NamedTuple):
         return _cdiv(sizes.columns, self.span)
 
 
+class InBlocks(NamedTuple):
+    """How the fused kernel takes rows of several blocks."""
+
+    columns: int  # at most
+    block_v: int
+    num_warps: int
+    kept: int
+    resident: int  # programs of a multiprocessor, which share its registers; 0 for what comes of those that they take
+
+
+# By the bytes of a logit, the shortest rows first.
+IN_BLOCKS = {
+    2: (InBlocks(32768, 4096, 8, 8, 2), InBlocks(65536, 8192, 16, 6, 1), InBlocks(1 << 62, 8192, 16, 8, 1)),
+    4: (InBlocks(1 << 62, 8192, 16, 3, 1),),
+    8: (InBlocks(1 << 62, 4096, 8, 1, 0),),
+}
+# Under a softcap, whose slope is as much again.
+CAPPED_IN_BLOCKS = InBlocks(1 << 62, 4096, 8, 1, 0)
+# Registers of a multiprocessor of NVIDIA's, and of one of its threads at most.
+REGISTERS = 65536
+THREAD_REGISTERS = 255
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -128,6 +153,16 @@ def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: 
     span = _cdiv(sizes.columns, block_v) * block_v
     lanes = device.warp * num_warps if span > block_v else 1
     return Launch("tiles", 1, block_v, num_warps, span, lanes=lanes, stages=stages if span > block_v else 1)
+
+
+def in_blocks(sizes: Sizes, device: Device, choice: InBlocks) -> Launch:
+    """One row in blocks, of which some stay in registers."""
+    launch = _blocks(sizes, device, choice.block_v, choice.num_warps)
+    registers = REGISTERS // max(1, 32 * choice.num_warps * choice.resident) // 8 * 8
+    capped = device.limits and choice.resident and registers < THREAD_REGISTERS
+    return launch._replace(
+        kept=min(choice.kept, launch.span // choice.block_v), registers=registers if capped else 0, stream=True
+    )
 
 
 def _spatial(sizes: Sizes) -> Launch:
@@ -190,24 +225,19 @@ def margin(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
 def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
     """Of the single fused kernel: tiles; or split, for its work in three launches.
 
-    Rows of more than 64 Ki classes take wide programs, so that few of them are in flight and the second read finds them in L2.
-    A softcap, whose slope is as much again, takes the registers of half a block.
+    What of a row the registers do not keep, the second read should find in L2: so few rows are in flight.
     """
     if sizes.spatial:
         launch = _spatial(sizes)
     elif sizes.columns <= TILE:
         launch = _rows(sizes, device, 2048 if sizes.columns <= 512 else 1024, 512 if sizes.columns <= 1024 else 1024)
-    elif capped:
-        launch = _blocks(sizes, device, min(2 * TILE, 65536 // sizes.itemsize), 8)
     elif not sizes.aligned:
-        launch = _blocks(sizes, device, 2048, 4, stages=2)
-    elif sizes.columns <= 65536:
-        launch = _blocks(sizes, device, *{2: (2 * TILE, 8), 4: (2 * TILE, 16), 8: (TILE, 8)}[sizes.itemsize])
-        if sizes.itemsize == 2 and sizes.columns > launch.block_v and device.limits:
-            # Three programs on a multiprocessor. Triton 3.6 takes no more by itself, 3.7 would.
-            launch = launch._replace(registers=80)
+        launch = _blocks(sizes, device, 2048, 4)
+    elif sizes.columns <= 2 * TILE and sizes.itemsize < 8:
+        launch = _blocks(sizes, device, 2 * TILE, 8 if capped or sizes.itemsize == 2 else 16)
     else:
-        launch = _blocks(sizes, device, min(16384, 65536 // sizes.itemsize), min(32, MOST_THREADS // device.warp), stages=2)
+        choices = (CAPPED_IN_BLOCKS,) if capped else IN_BLOCKS[sizes.itemsize]
+        launch = in_blocks(sizes, device, next(choice for choice in choices if sizes.columns <= choice.columns))
     programs = launch.tiles(sizes)
     if 0 < programs < device.multiprocessors and sizes.columns > TILE:
         # Bytes from memory: of a fused kernel that leaves multiprocessors idle, and of a pass more that leaves none.
@@ -221,14 +251,18 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
 def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:
     """Of a launch that reduces nothing, and so may cut rows where there are too few to fill a device: spans.
 
-    `whole_rows` is for launches that are expected to return at once, and so want few programs.
+    `whole_rows` is for launches that are expected to return at once, and so want few programs, which are small.
     """
     if sizes.spatial:
         launch = _spatial(sizes)
     elif sizes.columns <= 2048:
         launch = _rows(sizes, device, 1024, 1024)
+    elif sizes.aligned and whole_rows:
+        launch = _blocks(sizes, device, 1024, 1)
     elif sizes.aligned:
-        launch = _blocks(sizes, device, 2048, 4, stages=3)
+        # Through shared memory, at least three blocks of a row.
+        block_v, num_warps = next((of for of in GRADIENT_BLOCKS if sizes.columns * sizes.itemsize > 6 * of[0]), (2048, 4))
+        launch = _blocks(sizes, device, block_v * 2 // max(2, sizes.itemsize), num_warps, stages=3)
     else:
         launch = _blocks(sizes, device, TILE, 4, stages=2)
     programs = 1 if whole_rows else 2 * RESIDENT * device.multiprocessors
@@ -244,5 +278,5 @@ def combining(sizes: Sizes, parts: int) -> Launch:
 
 def totals(programs: int) -> dict[str, int | bool]:
     """Of the launch that adds the sums of so many programs: all loaded at once, up to 16 a thread."""
-    block = min(4096, _power_of_2(max(128, programs)))
-    return {"BLOCK": block, "ONE_BLOCK": programs <= block, "num_warps": max(4, min(8, block // 256))}
+    block = min(8192, _power_of_2(max(128, programs)))
+    return {"BLOCK": block, "ONE_BLOCK": programs <= block, "num_warps": max(4, min(16, block // 256))}

@@ -18,8 +18,8 @@ from .rows import (
     in_words,
     in_words_again,
     load_label,
-    of_active,
     no_statistics,
+    of_active,
     other_classes,
     own_labels,
     own_positions,
@@ -206,13 +206,11 @@ def fused_blocks_kernel(
     blocks = tl.cdiv(columns, BLOCK_V)
     kept = ()
     for number in tl.static_range(KEPT):
-        packed = read_packed(
+        one = read_packed(
             logits_ptr, start, number * BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first"
         )
-        kept += (packed,)
-    ahead = read_packed(
-        logits_ptr, start, KEPT * BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last"
-    )
+        kept += (one,)
+    ahead = read_packed(logits_ptr, start, KEPT * BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last")
     for number in tl.static_range(KEPT):
         first = number * BLOCK_V
         cols = first + tl.arange(0, BLOCK_V)[None, :]
@@ -249,9 +247,9 @@ def fused_blocks_kernel(
     for number in tl.static_range(KEPT):
         first = number * BLOCK_V
         cols = first + tl.arange(0, BLOCK_V)[None, :]
-        packed = of_active(kept[number], active, dtype, LANES)
+        counted = of_active(kept[number], active, dtype, LANES)
         inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
-        logits, slope = with_slope(unpacked(packed, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
+        logits, slope = with_slope(unpacked(counted, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
         gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
         written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
         store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")

@@ -189,7 +189,7 @@ def read_packed(
     BLOCK_V: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """What `read_block` reads of the columns from `first` on for some rows, two 16-bit elements in an integer where that goes."""
+    """What `read_block` reads of a block from column `first` on; two 16-bit elements in an integer where that goes."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     if UNIT > 1 and dtype.primitive_bitwidth == 16 and LAYOUT != "positions":
         # All in multiples of UNIT / 2, for the compiler to see that 16 bytes are one access.
@@ -215,9 +215,9 @@ def of_active(packed, active, dtype: tl.constexpr, LANES: tl.constexpr):
         nothing = -INF
     if LANES > 1:
         # A number: a tensor would bring its own layout.
-        return tl.where(tl.max(active.to(tl.int32), 0) != 0, packed, nothing)
+        return tl.where(tl.max(active.to(tl.int32), 0) != 0, packed, nothing).to(packed.dtype)
     else:
-        return tl.where(active[:, None], packed, nothing)
+        return tl.where(active[:, None], packed, nothing).to(packed.dtype)
 
 
 @triton.jit
