@@ -77,6 +77,8 @@ EXP_OF_FAMILY = {
     "self_paced_linear": 0,
 }
 MAX_STACK = 16
+# Where a row's blocks stay in registers: what else a thread needs may be stored once a row and read once, outside of loops.
+MAX_STACK_KEEPING = 64
 
 
 @dataclasses.dataclass
@@ -151,6 +153,7 @@ class Row:
     classes: str
     aligned: bool
     one_block: bool
+    kept: int  # blocks in registers of a fused kernel that has several
     layout: str
     combines: bool
     capped: bool
@@ -173,7 +176,8 @@ class Row:
         # The loop of the batch kernel is over a few tiles, and under Triton 3.6 a word of stack is stored and loaded in each.
         if self.local_in_loop > (2 if self.kernel == "batch" else 0):
             found.append(f"{self.local_in_loop} accesses of local memory inside a loop")
-        if self.stack > MAX_STACK:
+        keeps = self.kernel == "fused" and not self.one_block
+        if self.stack > (MAX_STACK_KEEPING if keeps else MAX_STACK):
             found.append(f"{self.stack} bytes of stack")
         threads = self.warps * TARGETS[self.target].warp_size
         if threads > _launch.MOST_THREADS:
@@ -200,12 +204,16 @@ class Row:
         if self.layout == "positions":
             rows = max(rows, vector)
         # A softcap takes the exponentials of a tanh; the fused kernel does it once more, for the slope of its last block.
-        per_element = passes + 2 * (passes + (self.kernel == "fused")) if self.capped else passes
+        per_element = passes + 2 * (passes + (self.kernel == "fused" and self.one_block)) if self.capped else passes
         per_row = EXP_PER_ROW + EXP_OF_FAMILY[self.family]
         if self.lanes > 1:
             # The gradient of the label's block is another branch than that of the others: of the two one is run.
             per_element += self.kernel in ("gradient", "fused")
             per_row += EXP_PER_LANE
+        # The kernel's text has every block that stays in registers, and one for the others.
+        texts = self.kept + 1 if keeps else 1
+        per_element *= texts
+        per_row += texts - 1
         passes_of_edges, more_of_row = EXP_OF_EDGES.get(self.kernel, (0, 0)) if self.layout == "shifted" else (0, 0)
         edges = passes_of_edges * math.ceil(self.block_n * 2 * vector / threads)
         per_row += more_of_row
@@ -411,6 +419,7 @@ def measure(case: Case, name: str) -> Row:
         classes=case.label,
         aligned=case.layout.unit > 1,
         one_block=launch.span == launch.block_v,
+        kept=launch.kept,
         layout=case.layout.layout,
         combines=bool(case.parts),
         capped="CAPPED" in case.constants,

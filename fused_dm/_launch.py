@@ -112,12 +112,12 @@ class InBlocks(NamedTuple):
 
 # By the bytes of a logit, the shortest rows first.
 IN_BLOCKS = {
-    2: (InBlocks(32768, 4096, 8, 8, 2), InBlocks(65536, 8192, 16, 6, 1), InBlocks(1 << 62, 8192, 16, 8, 1)),
-    4: (InBlocks(1 << 62, 8192, 16, 3, 1),),
+    2: (InBlocks(32768, 4096, 8, 8, 2), InBlocks(65536, 4096, 8, 7, 2), InBlocks(1 << 62, 16384, 32, 2, 1)),
+    4: (InBlocks(65536, 4096, 16, 2, 2), InBlocks(1 << 62, 8192, 16, 3, 1)),
     8: (InBlocks(1 << 62, 4096, 8, 1, 0),),
 }
 # Under a softcap, whose slope is as much again.
-CAPPED_IN_BLOCKS = InBlocks(1 << 62, 4096, 8, 1, 0)
+CAPPED_IN_BLOCKS = InBlocks(1 << 62, 4096, 16, 1, 0)
 # Registers of a multiprocessor of NVIDIA's, and of one of its threads at most.
 REGISTERS = 65536
 THREAD_REGISTERS = 255
@@ -157,12 +157,10 @@ def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: 
 
 def in_blocks(sizes: Sizes, device: Device, choice: InBlocks) -> Launch:
     """One row in blocks, of which some stay in registers."""
-    launch = _blocks(sizes, device, choice.block_v, choice.num_warps)
+    launch = _blocks(sizes, device, choice.block_v, min(choice.num_warps, MOST_THREADS // device.warp))
     registers = REGISTERS // max(1, 32 * choice.num_warps * choice.resident) // 8 * 8
     capped = device.limits and choice.resident and registers < THREAD_REGISTERS
-    return launch._replace(
-        kept=min(choice.kept, launch.span // choice.block_v), registers=registers if capped else 0, stream=True
-    )
+    return launch._replace(kept=min(choice.kept, launch.span // choice.block_v), registers=registers if capped else 0)
 
 
 def _spatial(sizes: Sizes) -> Launch:
@@ -245,7 +243,7 @@ def fused(sizes: Sizes, device: Device, capped: bool = False) -> Launch:
         three = (2 if sizes.bytes <= device.l2_bytes // 2 else 3) * sizes.bytes + LAUNCH_BYTES
         if three < one:
             return margin(sizes, device, capped)
-    return launch._replace(stream=sizes.columns > launch.block_v)
+    return launch
 
 
 def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:

@@ -65,7 +65,7 @@ WAYS = {
     "tiles": {
         "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device),
         "margin": lambda sizes, device, capped=False: _launch.tiles(sizes, device),
-        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(stream=True),
+        "fused": lambda sizes, device, capped=False: _launch.tiles(sizes, device),
     },
     "several tiles": {
         "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(repeat=4),

@@ -222,8 +222,9 @@ def test_a_small_batch_is_one_programs():
 def test_every_tile_covers_its_row_within_the_registers(itemsize, classes, spatial, aligned):
     for images, positions in ((1, 1), (1, 8192), (8, 4096), (3, 5)):
         sizes = Sizes(images, positions, classes, itemsize, spatial, aligned)
-        for launch in (_launch.forward(sizes, H100), _launch.margin(sizes, H100), _launch.gradient(sizes, H100)):
-            assert launch.block_n * launch.block_v <= 4096
+        gradients = [_launch.gradient(sizes, H100, whole_rows) for whole_rows in (False, True)]
+        for launch in (_launch.forward(sizes, H100), _launch.margin(sizes, H100), *gradients):
+            assert launch.block_n * launch.block_v <= 32 * 32 * launch.num_warps
             if not aligned and not spatial:
                 assert launch.block_n == 1 or launch.block_n * launch.block_v <= 1024
             assert launch.spans(sizes) * launch.span >= classes
@@ -241,10 +242,27 @@ def test_a_row_of_one_block_stays_in_registers():
         inside = _launch.fused(Sizes(1, 8192, 8192, itemsize), H100)
         beyond = _launch.fused(Sizes(1, 8192, 8192 + 8, itemsize), H100)
         assert inside.span == inside.block_v == 8192
-        assert (inside.lanes, inside.stages, inside.stream) == (1, 1, False)
+        assert (inside.lanes, inside.kept) == (1, 1)
         assert beyond.span > beyond.block_v
         assert beyond.lanes == 32 * beyond.num_warps
-        assert beyond.stream
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("device", [H100, MI300X, Device(108, 40 << 20, limits=True), Device(160, 0)])
+def test_blocks_that_stay_in_registers_fit(itemsize, device):
+    """No more than half of a multiprocessor's registers are for them, and each program has its share of all."""
+    for classes in (8200, 16384, 32000, 32768, 32776, 50304, 65536, 65544, 128256, 10**6):
+        sizes = Sizes(1, 8192, classes, itemsize)
+        launch = _launch.fused(sizes, device)
+        assert 1 <= launch.kept <= launch.span // launch.block_v
+        assert launch.num_warps * device.warp <= _launch.MOST_THREADS
+        threads = 32 * launch.num_warps
+        programs = _launch.REGISTERS // (threads * launch.registers) if launch.registers else 1
+        assert programs >= 1
+        assert programs * launch.kept * launch.block_v * itemsize <= 4 * _launch.REGISTERS // 2
+        assert bool(launch.registers) == (device.limits and itemsize < 8)
+    # A row of 32000 is read once.
+    assert itemsize != 2 or _launch.fused(Sizes(1, 8192, 32000, 2), device).kept == 8
 
 
 def test_rows_share_a_program_only_where_there_are_enough():
@@ -258,9 +276,9 @@ def test_rows_share_a_program_only_where_there_are_enough():
     assert _launch.forward(Sizes(1, 32768, 2048, 2), H100).repeat == 8
 
 
-def test_a_softcap_halves_what_registers_hold():
+def test_under_a_softcap_one_block_stays_in_registers():
     launch = _launch.fused(Sizes(1, 8192, 32000, 2), H100, capped=True)
-    assert (launch.block_v, launch.num_warps, launch.span) == (8192, 8, 32768)
+    assert (launch.block_v, launch.num_warps, launch.span, launch.kept) == (4096, 16, 32768, 1)
     assert _launch.fused(Sizes(1, 8192, 1000, 2), H100, capped=True) == _launch.fused(Sizes(1, 8192, 1000, 2), H100)
 
 
