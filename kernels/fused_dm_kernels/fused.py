@@ -46,8 +46,6 @@ from .rows import (
 def store_numbers(
     rows_ptr,
     partials_ptr,
-    tile,
-    tiles,
     row,
     exists,
     valid,
@@ -62,7 +60,7 @@ def store_numbers(
     LOG_WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
 ):
-    """Write the numbers of a tile's rows and its share of the batch sums; k of each row for dloss = 1."""
+    """Write the numbers of the program's rows and its share of the batch sums; k of each row for dloss = 1."""
     BLOCK_N: tl.constexpr = row.shape[0]
     margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     if BLOCK_N >= 8:
@@ -70,12 +68,42 @@ def store_numbers(
         tl.debug_barrier()
         margin = stored_margin(rows_ptr, row, exists, N)
     log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
-    store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS)
+    store_partials(partials_ptr, tl.program_id(0), tl.num_programs(0), log_weight, sign, value, LOSS)
     store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     if BLOCK_N >= 8:
         tl.debug_barrier()
         log_weight, unit = stored_terms(rows_ptr, row, exists, N)
     return coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(row_sum.dtype))
+
+
+@triton.jit
+def own_rows(
+    logits_ptr,
+    target_ptr,
+    transform_ptr,
+    V,
+    D,
+    logits_strides,
+    dlogits_strides,
+    ignore_index,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Of the program's rows: numbers, which exist, labels, which are examples and which are read; where their logits and their
+    gradient start, and how far they are shifted; z_y.
+    """
+    image, position, exists = own_positions(tl.program_id(0), D, BLOCK_N)
+    row = image * D + position
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
+    start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
+    out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
+    shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
+    label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
+    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+    return row, exists, target, valid, read, start, out_start, shift, label_logit
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -105,18 +133,12 @@ def fused_kernel(
 ):
     """A program reads BLOCK_N rows once and writes their numbers, its share of the value, and dlogits for dloss = 1."""
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
-    tile = tl.program_id(0)
     eps = tl.load(params_ptr)
     divisor = tl.load(normalizer_ptr)
-    image, position, exists = own_positions(tile, D, BLOCK_N)
-    row = image * D + position
-    target, valid = own_labels(row, exists, target_ptr, ignore_index)
-    start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
-    shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
-    out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
-    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
-    label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
-    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+    row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
+        logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
+        CAPPED, UNIT, LAYOUT, BLOCK_N,
+    )  # fmt: skip
     label = compared_label(target, shift, 1)
     if LAYOUT == "shifted":
         edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
@@ -132,11 +154,11 @@ def fused_kernel(
     else:
         row_max, row_sum = maxima, sums
     k = store_numbers(
-        rows_ptr, partials_ptr, tile, tl.num_programs(0), row, exists, valid, N, label_logit, row_max, row_sum,
+        rows_ptr, partials_ptr, row, exists, valid, N, label_logit, row_max, row_sum,
         weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
     )  # fmt: skip
     active = k != 0.0
-    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, BLOCK_V, 1, LAYOUT), 0.0)
+    exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, LAYOUT), 0.0)
     gradient = gradient_of(exps, cols, label, k, row_sum)
     if LAYOUT == "shifted":
         base = finite_max(row_max)
@@ -151,6 +173,66 @@ def fused_kernel(
         gradient *= slope
     written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
     store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "")
+
+
+@triton.jit
+def scan_packed(
+    packed,
+    first,
+    rows,
+    valid,
+    shift,
+    V,
+    label,
+    maxima,
+    sums,
+    transform_ptr,
+    dtype: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Fold the block that `read_packed` read from column `first` on into maxima and sums."""
+    cols = first + tl.arange(0, BLOCK_V)[None, :]
+    inside = block_of(rows & valid, shift, cols, V, UNIT, LAYOUT)
+    logits, _ = with_slope(unpacked(packed, dtype), inside, valid, transform_ptr, CAPPED, LAYOUT)
+    maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
+    return maxima, sums
+
+
+@triton.jit
+def store_packed(
+    dlogits_ptr,
+    out_start,
+    packed,
+    first,
+    rows,
+    exists,
+    active,
+    shift,
+    V,
+    label,
+    base,
+    k,
+    row_sum,
+    strides,
+    transform_ptr,
+    dtype: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Write the gradient of the block that `read_packed` read from column `first` on."""
+    cols = first + tl.arange(0, BLOCK_V)[None, :]
+    inside = block_of(rows & active, shift, cols, V, UNIT, LAYOUT)
+    logits, slope = with_slope(unpacked(packed, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
+    gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
+    written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
+    store_block(dlogits_ptr, out_start, cols, gradient, written, strides, UNIT, LAYOUT, "evict_first")
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -186,24 +268,16 @@ def fused_blocks_kernel(
     for the last time, and the gradient, leave it first. Each is read one block ahead.
     """
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
-    tile = tl.program_id(0)
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
     eps = tl.load(params_ptr)
     divisor = tl.load(normalizer_ptr)
-    image, position, exists = own_positions(tile, D, BLOCK_N)
-    row = image * D + position
-    target, valid = own_labels(row, exists, target_ptr, ignore_index)
-    start = row_starts(image, position, logits_strides, UNIT, LAYOUT)
-    shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
-    out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)
-    read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
-    label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
-    label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
+    row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
+        logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
+        CAPPED, UNIT, LAYOUT, BLOCK_N,
+    )  # fmt: skip
     label = compared_label(target, shift, LANES)
-    maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
     if LAYOUT == "shifted":
         edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
-    dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    blocks = tl.cdiv(columns, BLOCK_V)
     kept = ()
     for number in tl.static_range(KEPT):
         one = read_packed(
@@ -211,28 +285,27 @@ def fused_blocks_kernel(
         )
         kept += (one,)
     ahead = read_packed(logits_ptr, start, KEPT * BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last")
+    maxima, sums = no_statistics(label_logit.dtype, BLOCK_N, LANES)
     for number in tl.static_range(KEPT):
-        first = number * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)[None, :]
-        inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
-        logits, _ = with_slope(unpacked(kept[number], dtype), inside, valid, transform_ptr, CAPPED, LAYOUT)
-        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
+        maxima, sums = scan_packed(
+            kept[number], number * BLOCK_V, read, valid, shift, V, label, maxima, sums, transform_ptr,
+            dtype, CAPPED, UNIT, LAYOUT, BLOCK_V, LANES,
+        )  # fmt: skip
+    blocks = tl.cdiv(columns, BLOCK_V)
     for block in tl.range(KEPT, blocks, num_stages=1):
-        first = block * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)[None, :]
         packed = ahead
-        ahead = read_packed(
-            logits_ptr, start, first + BLOCK_V, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last"
-        )
-        inside = block_of(read & valid, shift, cols, V, UNIT, LAYOUT)
-        logits, _ = with_slope(unpacked(packed, dtype), inside, valid, transform_ptr, CAPPED, LAYOUT)
-        maxima, sums, _ = scan_block(other_classes(logits, first, cols, label, LANES), maxima, sums, LANES, UNIT)
+        later = (block + 1) * BLOCK_V
+        ahead = read_packed(logits_ptr, start, later, read, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_last")
+        maxima, sums = scan_packed(
+            packed, block * BLOCK_V, read, valid, shift, V, label, maxima, sums, transform_ptr,
+            dtype, CAPPED, UNIT, LAYOUT, BLOCK_V, LANES,
+        )  # fmt: skip
     if LAYOUT == "shifted":
         row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
     else:
         row_max, row_sum = combined_lanes(maxima, sums, LANES)
     k = store_numbers(
-        rows_ptr, partials_ptr, tile, tl.num_programs(0), row, exists, valid, N, label_logit, row_max, row_sum,
+        rows_ptr, partials_ptr, row, exists, valid, N, label_logit, row_max, row_sum,
         weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
     )  # fmt: skip
     active = k != 0.0
@@ -240,30 +313,22 @@ def fused_blocks_kernel(
     base = finite_max(row_max)
     if LAYOUT == "shifted":
         store_edges(dlogits_ptr, out_start, shift, target, V, 0, columns, exists, edges, edge_slope, base, k, row_sum, UNIT)
-    ahead = read_packed(
-        logits_ptr, start, (blocks - 1) * BLOCK_V, read & (blocks > KEPT), shift, V, logits_strides,
-        UNIT, LAYOUT, BLOCK_V, "evict_first",
-    )  # fmt: skip
+    last = (blocks - 1) * BLOCK_V
+    again = read & (blocks > KEPT)
+    ahead = read_packed(logits_ptr, start, last, again, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first")
     for number in tl.static_range(KEPT):
-        first = number * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)[None, :]
         counted = of_active(kept[number], active, dtype, LANES)
-        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
-        logits, slope = with_slope(unpacked(counted, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
-        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
-        written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
-        store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")
+        store_packed(
+            dlogits_ptr, out_start, counted, number * BLOCK_V, read, exists, active, shift, V, label, base, k, row_sum,
+            dlogits_strides, transform_ptr, dtype, CAPPED, UNIT, LAYOUT, BLOCK_V, LANES,
+        )  # fmt: skip
     for done in tl.range(KEPT, blocks, num_stages=1):
         block = blocks - 1 + KEPT - done
-        first = block * BLOCK_V
-        cols = first + tl.arange(0, BLOCK_V)[None, :]
         packed = ahead
-        earlier = read & (block > KEPT)
-        ahead = read_packed(
-            logits_ptr, start, first - BLOCK_V, earlier, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first"
-        )
-        inside = block_of(read & active, shift, cols, V, UNIT, LAYOUT)
-        logits, slope = with_slope(unpacked(packed, dtype), inside, active, transform_ptr, CAPPED, LAYOUT)
-        gradient = gradient_block(logits, base, first, cols, label, k, row_sum, LANES) * slope
-        written = block_of(exists, shift, cols, V, UNIT, LAYOUT)
-        store_block(dlogits_ptr, out_start, cols, gradient, written, dlogits_strides, UNIT, LAYOUT, "evict_first")
+        earlier = (block - 1) * BLOCK_V
+        again = read & (block > KEPT)
+        ahead = read_packed(logits_ptr, start, earlier, again, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first")
+        store_packed(
+            dlogits_ptr, out_start, packed, block * BLOCK_V, read, exists, active, shift, V, label, base, k, row_sum,
+            dlogits_strides, transform_ptr, dtype, CAPPED, UNIT, LAYOUT, BLOCK_V, LANES,
+        )  # fmt: skip

@@ -315,15 +315,6 @@ def no_statistics(dtype, BLOCK_N: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def no_exps(dtype, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr):
-    """Exponentials of nothing, of the shape of those of `scan_block`."""
-    if LANES > 1:
-        return tl.zeros([BLOCK_N, BLOCK_V // (LANES * UNIT), LANES, UNIT], dtype)
-    else:
-        return tl.zeros([BLOCK_N, BLOCK_V], dtype)
-
-
-@triton.jit
 def scan_block(others, maxima, sums, LANES: tl.constexpr, UNIT: tl.constexpr):
     """Fold a block of other classes into their maxima and sums of exp(z - max); also the block's exp(z - max).
 
@@ -380,12 +371,9 @@ def combined_with_edges(maxima, sums, edges, shift, target, V, LANES: tl.constex
 
 
 @triton.jit
-def exps_of_rows(exps, maxima, row_max, BLOCK_V: tl.constexpr, LANES: tl.constexpr, LAYOUT: tl.constexpr):
-    """The exponentials of `scan_block` (BLOCK_N, BLOCK_V), relative to the rows' maxima."""
-    if LANES > 1:
-        change = tl.where(maxima == -INF, 0.0, exp(maxima - finite_max(row_max)[:, None]))
-        return tl.reshape(exps * change[:, None, :, None], [exps.shape[0], BLOCK_V])
-    elif LAYOUT == "shifted":
+def exps_of_rows(exps, maxima, row_max, LAYOUT: tl.constexpr):
+    """The exponentials of `scan_block` of whole rows (BLOCK_N, BLOCK_V), relative to the rows' maxima, edges among them."""
+    if LAYOUT == "shifted":
         return exps * tl.where(maxima == -INF, 0.0, exp(maxima - finite_max(row_max)))[:, None]
     else:
         return exps
