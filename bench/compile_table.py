@@ -196,7 +196,7 @@ class Row:
         if self.aligned and not self.combines:
             if self.wide_loads < passes * wide:
                 found.append(f"{self.wide_loads} loads of 128 bits, expected {passes * wide}")
-            stores = {"gradient": 1, "multiply": 1, "fused": passes}.get(self.kernel, 0)
+            stores = {"gradient": 1, "multiply": 1, "fused": self.kept + 1 if keeps else 1}.get(self.kernel, 0)
             if self.wide_stores < stores * wide:
                 found.append(f"{self.wide_stores} stores of 128 bits, expected {stores * wide}")
         # Rows that a thread has a part of.

@@ -12,22 +12,20 @@ of which may hold its own copy of what the other's multiprocessors read.
 """
 
 import argparse
-import itertools
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from fused_dm import _launch
-from fused_dm._launch import Device, Sizes
+from fused_dm._launch import Device, Launch, Sizes
 
 FIRST, PLAIN, LAST = 0, 1, 2
-# Multiprocessors, L2, and programs of the fused kernel's 512 threads at the registers of the compile table: one each.
-DEVICES = {"H100": _launch.H100, "A100": Device(108, 40 << 20)}
-CLASSES = (32000, 128256, 262144)
+DEVICES = {"H100": _launch.H100, "A100": Device(108, 40 << 20, limits=True)}
+CLASSES = (32000, 50304, 128256, 262144)
 ITEMSIZE = 2
 
 
@@ -62,26 +60,16 @@ class Cache:
         self.used += size
 
 
-def fused_program(row: int, blocks: int, hints: bool, backwards: bool) -> Iterator[Access]:
-    """One row: read forwards; the last block stays in registers, the others are read again."""
-    keep, drop = (LAST, FIRST) if hints and blocks > 1 else (PLAIN, PLAIN)
+def fused_program(row: int, blocks: int, kept: int, hints: bool, backwards: bool) -> Iterator[Access]:
+    """One row: read forwards; the first blocks stay in registers, the others are read again."""
+    keep, drop = (LAST, FIRST) if hints else (PLAIN, PLAIN)
     for block in range(blocks):
-        yield Access((0, row, block), False, keep)
-    yield Access((1, row, blocks - 1), True, drop)
-    for block in range(blocks - 2, -1, -1) if backwards else range(blocks - 1):
+        yield Access((0, row, block), False, keep if block >= kept else drop)
+    for block in range(kept):
+        yield Access((1, row, block), True, drop)
+    for block in range(blocks - 1, kept - 1, -1) if backwards else range(kept, blocks):
         yield Access((0, row, block), False, drop)
         yield Access((1, row, block), True, drop)
-
-
-def pipelined_program(rows: Sequence[int], blocks: int) -> Iterator[Access]:
-    """Rows one after another: a block of the next is read beside one of the last, from its end, which is then written."""
-    for old, row in itertools.pairwise([None, *rows, None]):
-        for block in range(blocks):
-            if row is not None:
-                yield Access((0, row, block), False, LAST)
-            if old is not None:
-                yield Access((0, old, blocks - 1 - block), False, FIRST)
-                yield Access((1, old, blocks - 1 - block), True, FIRST)
 
 
 def forward_program(row: int, blocks: int) -> Iterator[Access]:
@@ -96,11 +84,11 @@ def gradient_program(row: int, blocks: int, stream: bool) -> Iterator[Access]:
         yield Access((1, row, block), True, drop)
 
 
-def run(cache: Cache, programs: Iterator[Iterator[Access]], resident: int, size: int) -> None:
+def run(cache: Cache, programs: Iterator[Iterator[Access]], places: int, size: int) -> None:
     """Resident programs take turns, a block each; one that ends gives its place to the next."""
     running: list[Iterator[Access]] = []
     while True:
-        while len(running) < resident and (program := next(programs, None)) is not None:
+        while len(running) < places and (program := next(programs, None)) is not None:
             running.append(program)
         if not running:
             return
@@ -119,29 +107,25 @@ def known_divisor(
     rows: int,
     hints: bool = True,
     backwards: bool = True,
-    resident: int = 1,
+    kept: int | None = None,
+    crowd: float = 1,
     share: float = 1,
-    most: int | None = None,
 ) -> float:
-    """Traffic of the single fused kernel in T."""
+    """Traffic of the single fused kernel in T, with `crowd` times as many programs as are chosen."""
     launch = _launch.fused(Sizes(1, 8192, classes, ITEMSIZE), device)
     blocks = -(-classes // launch.block_v)
     size = launch.block_v * ITEMSIZE
     cache = Cache(int(device.l2_bytes * share))
-    programs = (fused_program(row, blocks, hints, backwards) for row in range(rows))
-    run(cache, programs, min(resident * device.multiprocessors, most or rows), size)
+    kept = launch.kept if kept is None else kept
+    programs = (fused_program(row, blocks, kept, hints, backwards) for row in range(rows))
+    run(cache, programs, min(rows, int(crowd * resident(launch) * device.multiprocessors)), size)
     return cache.traffic / (rows * blocks * size)
 
 
-def pipelined(device: Device, classes: int, rows: int, resident: int = 1, share: float = 1, block: int = 8192) -> float:
-    """Traffic of the pipelined kernel in T."""
-    blocks = -(-classes // block)
-    size = block * ITEMSIZE
-    cache = Cache(int(device.l2_bytes * share))
-    programs = resident * device.multiprocessors
-    owned = (range(first, rows, programs) for first in range(programs))
-    run(cache, (pipelined_program(own, blocks) for own in owned), programs, size)
-    return cache.traffic / (rows * blocks * size)
+def resident(launch: Launch) -> int:
+    """Programs on a multiprocessor: as many as have registers."""
+    registers = launch.registers or _launch.REGISTERS // (32 * launch.num_warps)
+    return max(1, _launch.REGISTERS // (32 * launch.num_warps * registers))
 
 
 def sum_weight(device: Device, classes: int, rows: int, backwards: bool = True, stream: bool = True, share: float = 1) -> float:
@@ -150,10 +134,10 @@ def sum_weight(device: Device, classes: int, rows: int, backwards: bool = True, 
     blocks = -(-classes // launch.block_v)
     size = launch.block_v * ITEMSIZE
     cache = Cache(int(device.l2_bytes * share))
-    resident = _launch.RESIDENT * device.multiprocessors
-    run(cache, (forward_program(row, blocks) for row in range(rows)), resident, size)
+    programs = _launch.RESIDENT * device.multiprocessors
+    run(cache, (forward_program(row, blocks) for row in range(rows)), programs, size)
     order = range(rows - 1, -1, -1) if backwards else range(rows)
-    run(cache, (gradient_program(row, blocks, stream) for row in order), resident, size)
+    run(cache, (gradient_program(row, blocks, stream) for row in order), programs, size)
     return cache.traffic / (rows * blocks * size)
 
 
@@ -162,40 +146,27 @@ def tables(rows: int) -> Iterator[str]:
     yield ""
     yield "## Known divisor: the single fused kernel"
     yield ""
-    heads = ["device", "V", "row", "in flight", "forwards, no hints", "backwards, no hints", "**backwards, hints**"]
-    heads += ["half the L2", "2 resident", "3/4 of the programs"]
+    heads = ["device", "V", "row", "rows in flight", "in registers", "forwards, no hints", "backwards, no hints"]
+    heads += ["**backwards, hints**", "nothing in registers", "half the L2", "twice the programs"]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for name, device in DEVICES.items():
         for classes in CLASSES:
             row = classes * ITEMSIZE
+            launch = _launch.fused(Sizes(1, 8192, classes, ITEMSIZE), device)
             cells = [
                 known_divisor(device, classes, rows, hints=False, backwards=False),
                 known_divisor(device, classes, rows, hints=False),
                 known_divisor(device, classes, rows),
+                known_divisor(device, classes, rows, kept=0),
                 known_divisor(device, classes, rows, share=0.5),
-                known_divisor(device, classes, rows, resident=2),
-                known_divisor(device, classes, rows, most=device.multiprocessors * 3 // 4),
+                known_divisor(device, classes, rows, crowd=2),
             ]
-            flight = row * device.multiprocessors / 2**20
+            flight = row * resident(launch) * device.multiprocessors / 2**20
             text = [f"{cell:.2f}" for cell in cells]
             text[2] = f"**{text[2]}**"
-            yield f"| {name} | {classes} | {row / 1024:.0f} KiB | {flight:.1f} MiB | {' | '.join(text)} |"
-    yield ""
-    yield "## Known divisor: programs that read their next row while they write one"
-    yield ""
-    yield "| device | V | **one a multiprocessor** | half the L2 | two | four |"
-    yield "|---|---|---|---|---|---|"
-    for name, device in DEVICES.items():
-        for classes in CLASSES:
-            cells = [
-                pipelined(device, classes, rows),
-                pipelined(device, classes, rows, share=0.5),
-                pipelined(device, classes, rows, resident=2),
-                pipelined(device, classes, rows, resident=4),
-            ]
-            text = [f"{cell:.2f}" for cell in cells]
-            yield f"| {name} | {classes} | **{text[0]}** | {' | '.join(text[1:])} |"
+            kept = f"{min(1, launch.kept * launch.block_v / classes):.0%}"
+            yield f"| {name} | {classes} | {row / 1024:.0f} KiB | {flight:.1f} MiB | {kept} | {' | '.join(text)} |"
     yield ""
     yield "## `sum_weight`: forward and gradient"
     yield ""

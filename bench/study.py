@@ -344,7 +344,9 @@ def measure(
     way: Way, case: Case, logits: Tensor, target: Tensor, divisor: float, seconds: float, truths: dict[Any, Any] | None = None
 ) -> dict[str, Any]:
     """Check, then time. An implementation of ours that fails its check is not timed."""
+    start = time.perf_counter()
     share = check(way, logits, target, divisor, truths)
+    checked = time.perf_counter()
     found: dict[str, Any] = {"error_share": share, "truth": way.truth}
     if way.ours and not share <= 1:
         return {**found, "failed": f"its error is {share:.3g} times the bound", "ours": True}
@@ -366,7 +368,9 @@ def measure(
     found["host_ms"] = host_ms(prepare, step)
     found["peak_extra_mib"] = peak_mib(prepare, step)
     # The profiler takes longer than the timing.
+    timed = time.perf_counter()
     found["launches"] = launches(prepare, step) if case.promised else None
+    found["seconds"] = {"check": checked - start, "timing": timed - checked, "launches": time.perf_counter() - timed}
     found |= {"forward_bytes": way.forward * case.bytes, "step_bytes": way.step * case.bytes}
     leaf.grad = None
     return found
@@ -454,6 +458,10 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float, process
         done = {name: case["ways"] for name, case in found["cases"].items()}
         missing = [(case, name) for case in chosen for name in ways(case) if name not in done.get(case.name, {})]
         compile_all([(case, name) for case, name in missing if name not in READY], processes)
+    rivals()
+    # What has been imported stays: a look at all of it after every way takes longer than the timing.
+    gc.collect()
+    gc.freeze()
     found["commands"].append(f"python -m bench.study {' '.join(sys.argv[1:])}".strip())
     left = []
     for case in chosen:
@@ -501,7 +509,8 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float, process
 def summary(result: dict[str, Any]) -> str:
     if "failed" in result:
         return result["failed"]
-    return f"forward {result['forward_ms']['q50']:.3f} ms, step {result['step_ms']['q50']:.3f} ms"
+    took = " + ".join(f"{seconds:.1f}" for seconds in result["seconds"].values())
+    return f"forward {result['forward_ms']['q50']:.3f} ms, step {result['step_ms']['q50']:.3f} ms; took {took} s"
 
 
 def share_of_limit(case: dict[str, Any], result: dict[str, Any], part: str) -> float:

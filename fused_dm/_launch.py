@@ -85,7 +85,7 @@ class Launch(NamedTuple):
     stages: int = 1  # blocks on their way at a time
     registers: int = 0  # of a thread at most, so that as many programs fit as were measured; 0 for as many as it takes
     repeat: int = 1  # tiles that a program of the forward kernel owns, one after another
-    kept: int = 1  # blocks of a row that the fused kernel keeps in registers
+    kept: int = 0  # blocks of a row that the fused kernel keeps in registers, where it has several
 
     def tiles(self, sizes: Sizes) -> int:
         """Tiles of rows; none crosses from one image to the next."""
