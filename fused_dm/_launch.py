@@ -21,8 +21,8 @@ TILES_ALONE = 4
 SHIFTED = 16
 # From this architecture of NVIDIA's on a kernel's registers are left to the compiler: it would spill some.
 ARCH_UNLIMITED = 100
-# 16-bit elements of a block of the gradient, and its warps.
-GRADIENT_BLOCKS = ((16384, 16), (8192, 16))
+# Bytes of a block of a long row's gradient, for 16 warps.
+GRADIENT_BLOCKS = (32768, 16384)
 # Bytes that an H100 moves while it starts one more launch.
 LAUNCH_BYTES = 6 << 20
 
@@ -258,9 +258,10 @@ def gradient(sizes: Sizes, device: Device, whole_rows: bool = False) -> Launch:
     elif sizes.aligned and whole_rows:
         launch = _blocks(sizes, device, 1024, 1)
     elif sizes.aligned:
-        # Through shared memory, at least three blocks of a row.
-        block_v, num_warps = next((of for of in GRADIENT_BLOCKS if sizes.columns * sizes.itemsize > 6 * of[0]), (2048, 4))
-        launch = _blocks(sizes, device, block_v * 2 // max(2, sizes.itemsize), num_warps, stages=3)
+        # Through shared memory, three blocks on their way: so long rows have three at least.
+        wide = (block // sizes.itemsize for block in GRADIENT_BLOCKS)
+        block_v = next((block for block in wide if sizes.columns > 3 * block), 0)
+        launch = _blocks(sizes, device, block_v or 2048, 16 if block_v else 4, stages=3)
     else:
         launch = _blocks(sizes, device, TILE, 4, stages=2)
     programs = 1 if whole_rows else 2 * RESIDENT * device.multiprocessors

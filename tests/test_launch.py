@@ -242,7 +242,7 @@ def test_a_row_of_one_block_stays_in_registers():
         inside = _launch.fused(Sizes(1, 8192, 8192, itemsize), H100)
         beyond = _launch.fused(Sizes(1, 8192, 8192 + 8, itemsize), H100)
         assert inside.span == inside.block_v == 8192
-        assert (inside.lanes, inside.kept) == (1, 1)
+        assert (inside.lanes, inside.kept) == (1, 0)
         assert beyond.span > beyond.block_v
         assert beyond.lanes == 32 * beyond.num_warps
 
@@ -263,6 +263,17 @@ def test_blocks_that_stay_in_registers_fit(itemsize, device):
         assert bool(launch.registers) == (device.limits and itemsize < 8)
     # A row of 32000 is read once.
     assert itemsize != 2 or _launch.fused(Sizes(1, 8192, 32000, 2), device).kept == 8
+
+
+def test_three_blocks_of_a_long_row_are_on_their_way():
+    for itemsize, classes, block_v in (
+        (2, 24576, 2048), (2, 24577, 8192), (2, 32000, 8192), (2, 49152, 8192), (2, 49153, 16384), (2, 10**7, 16384),
+        (4, 12288, 2048), (4, 12289, 4096), (4, 24577, 8192), (8, 24577, 4096),
+    ):  # fmt: skip
+        launch = _launch.gradient(Sizes(1, 8192, classes, itemsize), H100)
+        assert (launch.block_v, launch.num_warps) == (block_v, 4 if block_v == 2048 else 16)
+        # One that is expected to return at once is small.
+        assert _launch.gradient(Sizes(1, 8192, classes, itemsize), H100, whole_rows=True).num_warps == 1
 
 
 def test_rows_share_a_program_only_where_there_are_enough():
