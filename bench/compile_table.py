@@ -228,6 +228,8 @@ class Row:
 # 8 x 21 x 256 x 256, and positions that no vector divides.
 IMAGE = {"positions": 65536, "rows": 8 * 65536}
 ODD_IMAGE = {"positions": 441, "rows": 64 * 441}
+RUN_TIME = object()
+CAPPED: dict[str, object] = {"transform_ptr": RUN_TIME, "CAPPED": True}
 CASES = [
     *(Case(kernel, "bf16", classes) for kernel in ("forward", "gradient") for classes in (16, 256, 1000, 128256, 50257)),
     *(Case("fused", "bf16", classes) for classes in (16, 256, 1000, 8192, 16384, 32000, 128256, 50257)),
@@ -244,10 +246,9 @@ CASES = [
     *(Case(kernel, "bf16", 21, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "fp32", 1000, **IMAGE) for kernel in ("forward", "gradient", "fused")),
     *(Case(kernel, "bf16", 21, **ODD_IMAGE) for kernel in ("forward", "gradient", "fused")),
+    *(Case(kernel, "bf16", 32000, constants=CAPPED) for kernel in ("forward", "gradient", "fused")),
     Case("totals", "fp32", 0),
 ]
-RUN_TIME = object()
-CAPPED = {"transform_ptr": RUN_TIME, "CAPPED": True}
 ONES = dict.fromkeys(("V", "dloss_stride", "ignore_index", "parts"), 1)
 # Every family, dtype and option compiles; one target shows it.
 VARIANTS = [

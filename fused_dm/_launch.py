@@ -157,7 +157,9 @@ def _blocks(sizes: Sizes, device: Device, block_v: int, num_warps: int, stages: 
 
 def in_blocks(sizes: Sizes, device: Device, choice: InBlocks) -> Launch:
     """One row in blocks, of which some stay in registers."""
-    launch = _blocks(sizes, device, choice.block_v, min(choice.num_warps, MOST_THREADS // device.warp))
+    # A thread has 16 bytes of a block at least.
+    most = min(MOST_THREADS, choice.block_v * sizes.itemsize // 16) // device.warp
+    launch = _blocks(sizes, device, choice.block_v, min(choice.num_warps, most))
     registers = REGISTERS // max(1, 32 * choice.num_warps * choice.resident) // 8 * 8
     capped = device.limits and choice.resident and registers < THREAD_REGISTERS
     return launch._replace(kept=min(choice.kept, launch.span // choice.block_v), registers=registers if capped else 0)

@@ -76,9 +76,12 @@ def _strides(stride: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 class _Layout:
-    """Where the elements of the logits, and of other tensors of their shape, lie: sizes, strides and units for a launch."""
+    """Where the elements of the logits, and of other tensors of their shape, lie: sizes, strides and units for a launch.
 
-    def __init__(self, shape: tuple[int, ...], itemsize: int, **tensors: tuple[int, ...]) -> None:
+    `odd` logits are of 16 bits and begin at an odd one, so that no two of them are 32 bits of memory.
+    """
+
+    def __init__(self, shape: tuple[int, ...], itemsize: int, odd: bool = False, **tensors: tuple[int, ...]) -> None:
         images, classes, positions = shape if len(shape) == 3 else (1, shape[1], shape[0])
         strides = {name: _strides(stride) for name, stride in tensors.items()}
         if positions == 1 or all(image == positions * position for image, position, _ in strides.values()):
@@ -96,9 +99,9 @@ class _Layout:
             aligned = classes % unit == 0
         # Elements in 16 bytes if every row, or every class of an image, starts at a multiple of them, so that the compiler may
         # load 128 bits, or if rows start anywhere but equally in all tensors; else 1.
-        aligned = aligned and all(stride % unit == 0 for stride in far)
+        aligned = aligned and all(stride % unit == 0 for stride in far) and not (odd and not spatial)
         alike = len({(image % unit, position % unit) for image, position, _ in strides.values()}) == 1
-        shifted = not spatial and not aligned and alike and _launch.shifted(classes)
+        shifted = not spatial and not aligned and alike and not odd and _launch.shifted(classes)
         self.unit = unit if aligned or shifted else 1
         self.layout = "positions" if spatial else "shifted" if shifted else "rows"
         self.sizes = Sizes(images, positions, classes, itemsize, spatial, self.unit > 1, unit - 1 if shifted else 0)
@@ -140,16 +143,18 @@ class _Logits(NamedTuple):
     stride: tuple[int, ...]
     out_stride: tuple[int, ...] | None
     capped: bool
+    odd: bool
 
     def layout(self) -> _Layout:
         strides = {} if self.out_stride is None else {"dlogits": self.out_stride}
-        return _Layout(self.shape, self.dtype.itemsize, logits=self.stride, **strides)
+        return _Layout(self.shape, self.dtype.itemsize, self.odd, logits=self.stride, **strides)
 
 
 def _of(logits: Tensor, transform: Tensor | None, out: Tensor | None = None) -> _Logits:
     capped = transform is not None and transform.shape[0] == 2
     out_stride = None if out is None else out.stride()
-    return _Logits(logits.device, logits.dtype, logits.shape, logits.stride(), out_stride, capped)
+    odd = logits.dtype.itemsize == 2 and logits.data_ptr() % 4 != 0
+    return _Logits(logits.device, logits.dtype, logits.shape, logits.stride(), out_stride, capped, odd)
 
 
 class _Split(NamedTuple):

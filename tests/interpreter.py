@@ -54,6 +54,10 @@ class Bounds:
             if (tags != tags[0]).any():
                 raise OutsideTensor(f"{self.kernel}: one {access} of several tensors, {name} among them")
             tensor = self.tensors[number]
+            if (lanes % size).any():
+                raise OutsideTensor(
+                    f"{self.kernel}: {access} of {size} bytes of {name} at an address that is not a multiple of it"
+                )
             # A lane may be several elements of a smaller type.
             lanes = (lanes[:, None] + np.arange(0, size, min(size, tensor.element_size()))).ravel()
             inside = elements(lanes, tensor)

@@ -44,11 +44,14 @@ def main() -> None:
             loss = dm_loss(leaf * 1 if options.get("inplace") else leaf, target, edf.DM(beta=8, lambd=0.5), **options)
             (2 * loss.sum()).backward()
             ran += 1
+        # Logits that begin at an odd element.
+        odd = torch.cat([logits.new_zeros(1), logits.flatten()])[1:].view(rows, classes).requires_grad_()
+        dm_loss(odd, target, edf.DM(beta=8, lambd=0.5), reduction="mean").backward()
         leaf = logits.clone().requires_grad_()
         margin(leaf, target).nansum().backward()
         image = logits.t().contiguous()[None].requires_grad_()
         dm_loss(image, target[None], edf.GCE(q=0.7)).backward()
-        ran += 2
+        ran += 3
     features = torch.randn(130, 24, device="cuda", requires_grad=True)
     weight = torch.randn(1003, 24, device="cuda", requires_grad=True)
     target = torch.randint(1003, (130,), device="cuda")

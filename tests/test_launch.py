@@ -1,15 +1,18 @@
 """Every launch shape on every shape of batch, what decides between them, and how many launches a training step takes."""
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from batches import GPU, SHAPES, device_of, make, run
+from batches import DTYPES, GPU, SHAPES, device_of, make, run
 from launches import KINDS, WAYS, counted_launches, forced
-from tolerance import check, expected
+from tolerance import check, expected, share_of_bound
 
 from fused_dm import _launch, _rows, _triton, dm_loss, edf, margin
 from fused_dm._launch import H100, MI300X, Device, Sizes
@@ -51,6 +54,51 @@ def test_every_way_with_every_option(way, emphasis, reduction, dtype):
     truth = expected(logits, target, emphasis, **options)
     with forced(way):
         check(*run("triton", logits, target, emphasis, **options), truth)
+
+
+@pytest.mark.parametrize("way", ["tiles", "small blocks", "rows in blocks", "kept blocks", "kept rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [64, 59])
+def test_the_gradient_for_a_known_divisor(way, dtype, classes):
+    """In every dtype, also those whose training step has it from another kernel; whatever rows hold that do not count."""
+    logits, target = make(9, classes, dtype, seed=5)
+    sample_weight = torch.tensor([1.0, 0.0, 2.0, -0.5, 0.0, 1.0, 1.0, 0.0, 1.0])
+    counts = (sample_weight != 0) & (target != -100)
+    target[2], counts[2] = -100, False
+    truth = expected(logits, target, DM, reduction="sum", normalizer=3.0, sample_weight=sample_weight)
+    for row, garbage in ((1, math.nan), (2, math.inf), (4, math.inf), (7, -math.inf)):
+        logits[row] = garbage
+    device, compute = device_of("triton"), _rows.compute_dtype(dtype)
+    params = torch.tensor([1e-6, 8.0, 0.5], dtype=torch.float64, device=device)
+    divisor = torch.tensor(3.0, dtype=torch.float64, device=device)
+    logits, target, weight = (tensor.to(device) for tensor in (logits, target, sample_weight.to(compute)))
+    dlogits = torch.full_like(logits, math.nan)
+    with forced(way), np.errstate(invalid="ignore", over="ignore"):
+        _triton.loss_and_rows(logits, target, weight, params, divisor, "dm", -100, dlogits)
+    dlogits = dlogits.cpu()
+    assert (dlogits[~counts] == 0).all()
+    assert share_of_bound(dlogits[counts], truth.dlogits[counts], truth.allowed["dlogits"][counts]).max() <= 1
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [64, 59])
+def test_logits_that_begin_anywhere(way, dtype, classes):
+    """Two 16-bit logits are 32 bits of memory only if they begin at a multiple of 4 bytes."""
+    logits, target = make(8, classes, dtype, ignored=0.2)
+    options = {"reduction": "sum", "normalizer": 3.0}
+    truth = expected(logits, target, DM, **options)
+    target = target.to(device_of("triton"))
+    for begin in range(4):
+        memory = torch.zeros(begin + 8 * classes, dtype=dtype, device=target.device)
+        given = memory[begin:].view(8, classes)
+        given.copy_(logits)
+        assert given.data_ptr() % 16 == 2 * begin
+        leaf = given.detach().requires_grad_()
+        with forced(way) if way else contextlib.nullcontext():
+            output = dm_loss(leaf, target, DM, impl="triton", return_output=True, **options)
+            output.loss.backward()
+        check(output, leaf.grad, truth)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -256,6 +304,10 @@ def test_blocks_that_stay_in_registers_fit(itemsize, device):
         launch = _launch.fused(sizes, device)
         assert 1 <= launch.kept <= launch.span // launch.block_v
         assert launch.num_warps * device.warp <= _launch.MOST_THREADS
+        for capped in (False, True):
+            launch = _launch.fused(sizes, device, capped)
+            assert launch.lanes * (16 // itemsize) <= launch.block_v
+        launch = _launch.fused(sizes, device)
         threads = 32 * launch.num_warps
         programs = _launch.REGISTERS // (threads * launch.registers) if launch.registers else 1
         assert programs >= 1

@@ -67,7 +67,9 @@ def test_rows_apart(apart, begin, dtype):
     for classes in (16, 17, 40):
         logits, target = make(ROWS, classes, dtype, seed=apart, ignored=0.2)
         view, _ = lying(logits, apart, begin)
-        assert is_shifted(view) == ((classes + apart) % (16 // dtype.itemsize) != 0 or classes % (16 // dtype.itemsize) != 0)
+        anywhere = (classes + apart) % (16 // dtype.itemsize) != 0 or classes % (16 // dtype.itemsize) != 0
+        # 16-bit logits that begin at an odd element go one at a time.
+        assert is_shifted(view) == (anywhere and not (dtype.itemsize == 2 and begin % 2))
         for reduction in REDUCTIONS:
             truth = expected(logits, target, DM, reduction=reduction)
             leaf = view.detach().requires_grad_()
@@ -89,10 +91,10 @@ def test_in_place_nothing_else_is_touched(way, dloss, reduction):
         (5, 0, torch.bfloat16),
     ):
         values, target = make(ROWS, classes, dtype, seed=5, ignored=0.3)
-        _, memory = lying(values, apart, 3)
+        _, memory = lying(values, apart, 2)
         leaf = memory.requires_grad_()
         computed = leaf * 1
-        view = computed.as_strided(values.shape, (classes + apart, 1), 3)
+        view = computed.as_strided(values.shape, (classes + apart, 1), 2)
         assert is_shifted(view, view)
         where, options = (
             target.to(leaf.device),
@@ -106,7 +108,7 @@ def test_in_place_nothing_else_is_touched(way, dloss, reduction):
                 output = dm_loss(view, where, DM, **options)
                 output.loss.backward(torch.full_like(output.loss, dloss))
         truth = expected(values, target, DM, torch.tensor(dloss), reduction=reduction)
-        dlogits = computed.detach().as_strided(values.shape, (classes + apart, 1), 3)
+        dlogits = computed.detach().as_strided(values.shape, (classes + apart, 1), 2)
         check(output, dlogits.clone(), truth)
         dlogits.fill_(torch.nan)
         assert computed.isnan().all()
