@@ -55,6 +55,8 @@ FAULTS = [
     Fault("in place: nothing multiplied", f"{KERNELS}/gradient.py", "    if dloss == 1.0:", "    if dloss == dloss:"),
     Fault("label of a row in blocks not in its gradient", f"{KERNELS}/rows.py", "            gradient = tl.where(cols == label, -k, exp(others - base) * share)\n", "            gradient = exp(others - base) * share\n"),
     Fault("shifted: label's logit taken without the shift by the fused kernel", f"{KERNELS}/fused.py", "label_offset = class_offsets(target + shift,", "label_offset = class_offsets(target,"),
+    Fault("fused: two logits at an odd element read as one", "fused_dm/_triton.py", "odd = logits.dtype.itemsize == 2 and logits.data_ptr() % 4 != 0", "odd = logits.dtype.itemsize == 2 and logits.data_ptr() % 2 != 0"),
+    Fault("fused: threads without a part of a block", "fused_dm/_launch.py", "    most = min(MOST_THREADS, choice.block_v * sizes.itemsize // 16) // device.warp\n", "    most = MOST_THREADS // device.warp\n"),
     Fault("operators: a value returned that is a view", "fused_dm/_operator.py", "if returned is None or args[returned]._is_view():", "if returned is None:"),
     Fault("operators: the value copied", "fused_dm/_operator.py", "                output = args[returned]\n                ctx.mark_dirty(output)\n", "                output = function(*args)\n"),
     Fault("row stride taken for V", f"{KERNELS}/rows.py", "return (image * strides[0] + position * strides[1]) * UNIT", "return (image * strides[0] + position * 48) * UNIT"),
