@@ -243,7 +243,7 @@ FAULTS = [
     Fault("operators: called directly although a mode looks", "fused_dm/_operator.py", "if _get_current_dispatch_mode() is not None or ", "if "),
     # Launches that are planned once, and rows that are read while others are written
     Fault("plans: another alignment's compilation", "fused_dm/_triton.py", "t is None or (t.dtype, t.data_ptr() % 16 == 0)", "t is None or (t.dtype, True)"),
-    Fault("plans: one for all strides", "fused_dm/_triton.py", "return _Logits(logits.device, logits.dtype, logits.shape, logits.stride(), out_stride, capped)", "return _Logits(logits.device, logits.dtype, logits.shape, torch.empty(logits.shape).stride(), out_stride, capped)"),
+    Fault("plans: one for all strides", "fused_dm/_triton.py", "return _Logits(logits.device, logits.dtype, logits.shape, logits.stride(), out_stride, capped, odd)", "return _Logits(logits.device, logits.dtype, logits.shape, torch.empty(logits.shape).stride(), out_stride, capped, odd)"),
     Fault("plans: a tensor in another's place", "fused_dm/_triton.py", "            arguments[self._at[name]] = tensor\n", "            arguments[self._at[name] - 1] = tensor\n"),
     # EDFs
     Fault("EDF: focal weight without its own 1", f"{KERNELS}/densities.py", "return LN2 + (gamma + 1.0) * log_q", "return LN2 + gamma * log_q"),
