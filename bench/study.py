@@ -99,6 +99,8 @@ def batch(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 # ---- Ways to compute a loss
 
+# Cases that are compiled together.
+GROUP = 16
 # Ways that compile nothing.
 READY = ("F.cross_entropy", "weighted F.cross_entropy", "reference")
 
@@ -399,18 +401,16 @@ def compile_way(case: Case, name: str) -> None:
     torch._dynamo.reset()
 
 
-def compile_all(missing: list[tuple[Case, str]], processes: int) -> None:
-    """Compile what is going to be measured, in so many processes."""
+def compile_all(missing: list[tuple[Case, str]], pool: ProcessPoolExecutor) -> None:
+    """Compile what is going to be measured; the processes of the pool do nothing afterwards."""
     start = time.perf_counter()
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    try:
         for done in [pool.submit(compile_way, *pair) for pair in missing]:
-            try:
-                done.result()
-            except BrokenProcessPool as error:
-                # A compiler that crashed: what is left is compiled when it is measured.
-                print(f"compiling beforehand ended early: {error}", flush=True)
-                break
-    print(f"{time.perf_counter() - start:6.1f} s  {len(missing)} ways compiled by {processes} processes", flush=True)
+            done.result()
+    except BrokenProcessPool as error:
+        # A compiler that crashed: what is left is compiled when it is measured.
+        print(f"compiling beforehand ended early: {error}", flush=True)
+    print(f"{len(missing)} ways compiled beforehand in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 # ---- The study
@@ -450,21 +450,22 @@ def load(path: Path) -> dict[str, Any]:
 def study(chosen: list[Case], path: Path, budget: float, seconds: float, processes: int = 0) -> list[str]:
     """Measure what `path` lacks until the budget of seconds is spent; the names of what is left.
 
-    What is to be measured is compiled first, in so many processes.
+    What is to be measured is compiled before it, some cases at a time, in so many processes.
     """
     start = time.perf_counter()
     found = load(path)
-    if processes:
-        done = {name: case["ways"] for name, case in found["cases"].items()}
-        missing = [(case, name) for case in chosen for name in ways(case) if name not in done.get(case.name, {})]
-        compile_all([(case, name) for case, name in missing if name not in READY], processes)
+    pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes else None
     rivals()
     # What has been imported stays: a look at all of it after every way takes longer than the timing.
     gc.collect()
     gc.freeze()
     found["commands"].append(f"python -m bench.study {' '.join(sys.argv[1:])}".strip())
     left = []
-    for case in chosen:
+    for number, case in enumerate(chosen):
+        if pool and number % GROUP == 0 and time.perf_counter() - start < budget:
+            done = {name: case["ways"] for name, case in found["cases"].items()}
+            group = [(case, name) for case in chosen[number : number + GROUP] for name in ways(case) if name not in READY]
+            compile_all([(case, name) for case, name in group if name not in done.get(case.name, {})], pool)
         results = found["cases"].setdefault(
             case.name, {"rows": case.rows, "classes": case.classes, "dtype": case.dtype, "ways": {}}
         )
@@ -501,6 +502,8 @@ def study(chosen: list[Case], path: Path, budget: float, seconds: float, process
         if case.promised:
             # Or the sixth case would reach the limit of graphs for a function, and be run uncompiled.
             torch._dynamo.reset()
+    if pool:
+        pool.shutdown()
     found["load_averages"].append(round(os.getloadavg()[0], 1))
     path.write_text(json.dumps(found, indent=1) + "\n")
     return left
