@@ -117,7 +117,7 @@ IN_BLOCKS = {
     8: (InBlocks(1 << 62, 4096, 8, 1, 0),),
 }
 # Under a softcap, whose slope is as much again.
-CAPPED_IN_BLOCKS = InBlocks(1 << 62, 4096, 16, 1, 0)
+CAPPED_IN_BLOCKS = InBlocks(1 << 62, 2048, 8, 1, 0)
 # Registers of a multiprocessor of NVIDIA's, and of one of its threads at most.
 REGISTERS = 65536
 THREAD_REGISTERS = 255

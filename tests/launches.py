@@ -56,8 +56,8 @@ def _row_in_blocks(sizes, device, way="tiles"):
 
 
 def _keeping(launch, most):
-    """Up to so many blocks of a row stay in registers."""
-    return launch._replace(kept=min(most, launch.span // launch.block_v))
+    """Up to so many blocks of a row that is alone stay in registers."""
+    return launch._replace(kept=min(most, launch.span // launch.block_v) if launch.lanes > 1 else 0)
 
 
 # How each function of _launch answers, by the launch shape that is to be tried.
@@ -83,16 +83,15 @@ WAYS = {
     },
     "small blocks": {
         "forward": lambda sizes, device, capped=False: _small_blocks(sizes, device),
-        "fused": lambda sizes, device, capped=False: _keeping(_small_blocks(sizes, device), 2),
+        "fused": lambda sizes, device, capped=False: _small_blocks(sizes, device),
         "gradient": lambda sizes, device, whole_rows=False: _small_blocks(sizes, device, "spans"),
     },
     "rows in blocks": {
         "forward": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
         "margin": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
-        "fused": lambda sizes, device, capped=False: _row_in_blocks(sizes, device),
+        "fused": lambda sizes, device, capped=False: _keeping(_row_in_blocks(sizes, device), 2),
         "gradient": lambda sizes, device, whole_rows=False: _row_in_blocks(sizes, device, "spans"),
     },
-    "kept blocks": {"fused": lambda sizes, device, capped=False: _keeping(_row_in_blocks(sizes, device), 3)},
     "kept rows": {"fused": lambda sizes, device, capped=False: _keeping(_row_in_blocks(sizes, device), 4)},
 }
 

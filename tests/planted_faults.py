@@ -44,7 +44,7 @@ FAULTS = [
     Fault("fused: the last block that is kept read again", f"{KERNELS}/fused.py", "        again = read & (block > KEPT)\n", "        again = read & (block >= KEPT)\n"),
     Fault("fused: kept blocks not scanned", f"{KERNELS}/fused.py", "            kept[number], number * BLOCK_V, read, valid, shift, V, label, maxima, sums, transform_ptr,", "            kept[0], number * BLOCK_V, read, valid, shift, V, label, maxima, sums, transform_ptr,"),
     Fault("fused: a kept block written in the place of another", f"{KERNELS}/fused.py", "dlogits_ptr, out_start, counted, number * BLOCK_V, read,", "dlogits_ptr, out_start, counted, 0, read,"),
-    Fault("fused: kept blocks of rows that do not count", f"{KERNELS}/fused.py", "        counted = of_active(kept[number], active, dtype, LANES)\n", "        counted = kept[number]\n"),
+    Fault("fused: kept blocks of rows that do not count", f"{KERNELS}/fused.py", "        counted = of_active(kept[number], active, dtype)\n", "        counted = kept[number]\n"),
     Fault("fused: pairs of 16-bit logits in the wrong order", f"{KERNELS}/rows.py", "tl.join(low, high)", "tl.join(high, low)"),
     Fault("fused: the upper of two logits with the lower one below it", f"{KERNELS}/rows.py", "high = (packed & -0x10000).to(tl.float32, bitcast=True)", "high = packed.to(tl.float32, bitcast=True)"),
     Fault("fused: pairs read to the end of the last 16 bytes", f"{KERNELS}/rows.py", "(pairs < (shift + V)[:, None] // UNIT * (UNIT // 2))", "(pairs < (shift + V + UNIT - 1)[:, None] // UNIT * (UNIT // 2))"),

@@ -30,7 +30,7 @@ def custom(log_p, log_q):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_every_way_on_every_shape(way, reduction, shape):
-    if way in ("small blocks", "rows in blocks", "kept blocks", "kept rows") and (shape[1] > 2000 or shape[0] > 20):
+    if way in ("small blocks", "rows in blocks", "kept rows") and (shape[1] > 2000 or shape[0] > 20):
         pytest.skip("hundreds of blocks say no more than tens")
     dtype = torch.float32 if shape[1] % 2 else torch.bfloat16
     logits, target = make(*shape, dtype, ignored=0.2)
@@ -56,7 +56,7 @@ def test_every_way_with_every_option(way, emphasis, reduction, dtype):
         check(*run("triton", logits, target, emphasis, **options), truth)
 
 
-@pytest.mark.parametrize("way", ["tiles", "small blocks", "rows in blocks", "kept blocks", "kept rows"])
+@pytest.mark.parametrize("way", ["tiles", "small blocks", "rows in blocks", "kept rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [64, 59])
 def test_the_gradient_for_a_known_divisor(way, dtype, classes):
@@ -341,7 +341,7 @@ def test_rows_share_a_program_only_where_there_are_enough():
 
 def test_under_a_softcap_one_block_stays_in_registers():
     launch = _launch.fused(Sizes(1, 8192, 32000, 2), H100, capped=True)
-    assert (launch.block_v, launch.num_warps, launch.span, launch.kept) == (4096, 16, 32768, 1)
+    assert (launch.block_v, launch.num_warps, launch.span, launch.kept) == (2048, 8, 32768, 1)
     assert _launch.fused(Sizes(1, 8192, 1000, 2), H100, capped=True) == _launch.fused(Sizes(1, 8192, 1000, 2), H100)
 
 

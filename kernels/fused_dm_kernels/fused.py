@@ -260,7 +260,7 @@ def fused_blocks_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    KEPT: tl.constexpr,  # blocks at the beginning of a row that stay in registers, as they were read; at most all
+    KEPT: tl.constexpr,  # blocks at the beginning of a row that stay in registers, at most all; 0 for one lane
 ):
     """What `fused_kernel` does, for rows of several blocks, of which all but the first KEPT are read twice.
 
@@ -317,7 +317,7 @@ def fused_blocks_kernel(
     again = read & (blocks > KEPT)
     ahead = read_packed(logits_ptr, start, last, again, shift, V, logits_strides, UNIT, LAYOUT, BLOCK_V, "evict_first")
     for number in tl.static_range(KEPT):
-        counted = of_active(kept[number], active, dtype, LANES)
+        counted = of_active(kept[number], active, dtype)
         store_packed(
             dlogits_ptr, out_start, counted, number * BLOCK_V, read, exists, active, shift, V, label, base, k, row_sum,
             dlogits_strides, transform_ptr, dtype, CAPPED, UNIT, LAYOUT, BLOCK_V, LANES,

@@ -207,17 +207,14 @@ def read_packed(
 
 
 @triton.jit
-def of_active(packed, active, dtype: tl.constexpr, LANES: tl.constexpr):
-    """What `read_packed` read of the active rows, -inf of the others: a row that does not count may hold anything."""
+def of_active(packed, active, dtype: tl.constexpr):
+    """What `read_packed` read of a row alone if it is active, else -inf: a row that does not count may hold anything."""
     if packed.dtype == tl.int32:
         nothing = -0x7F0080 if dtype == tl.bfloat16 else -0x3FF0400
     else:
         nothing = -INF
-    if LANES > 1:
-        # A number: a tensor would bring its own layout.
-        return tl.where(tl.max(active.to(tl.int32), 0) != 0, packed, nothing).to(packed.dtype)
-    else:
-        return tl.where(active[:, None], packed, nothing).to(packed.dtype)
+    # A number: a tensor would bring its own layout.
+    return tl.where(tl.max(active.to(tl.int32), 0) != 0, packed, nothing).to(packed.dtype)
 
 
 @triton.jit
