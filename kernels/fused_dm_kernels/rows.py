@@ -198,6 +198,7 @@ def read_packed(
         if LAYOUT == "shifted":
             inside &= pairs >= (shift + UNIT - 1)[:, None] // UNIT * (UNIT // 2)
         pairs_ptr = logits_ptr.to(tl.pointer_type(tl.int32)) + (start // UNIT * (UNIT // 2))[:, None]
+        # -inf twice, 0xFF80FF80 or 0xFC00FC00, as a number with a sign.
         nothing = -0x7F0080 if dtype == tl.bfloat16 else -0x3FF0400
         return tl.load(pairs_ptr + pairs, mask=inside, other=nothing, eviction_policy=EVICT)
     else:
