@@ -77,8 +77,6 @@ EXP_OF_FAMILY = {
     "self_paced_linear": 0,
 }
 MAX_STACK = 16
-# Where a row's blocks stay in registers: what else a thread needs may be stored once a row and read once, outside of loops.
-MAX_STACK_KEEPING = 64
 
 
 @dataclasses.dataclass
@@ -115,8 +113,9 @@ class Case:
         return self.layout.sizes
 
     def launch(self, target: GPUTarget) -> Launch:
-        """What the package chooses on an H100, or on an MI300X for AMD."""
-        device = MI300X if target.backend == "hip" else H100
+        """What the package chooses on an H100, on another GPU of its size, or on an MI300X for AMD."""
+        limits = target.backend == "cuda" and target.arch < _launch.ARCH_UNLIMITED
+        device = MI300X if target.backend == "hip" else H100._replace(limits=limits, fewer=0 if target.arch == 90 else 1)
         if self.kernel == "totals":
             return Launch("tiles", 1, 1024, 8, 1024)
         if self.parts:
@@ -177,7 +176,7 @@ class Row:
         if self.local_in_loop > (2 if self.kernel == "batch" else 0):
             found.append(f"{self.local_in_loop} accesses of local memory inside a loop")
         keeps = self.kernel == "fused" and not self.one_block
-        if self.stack > (MAX_STACK_KEEPING if keeps else MAX_STACK):
+        if self.stack > MAX_STACK:
             found.append(f"{self.stack} bytes of stack")
         threads = self.warps * TARGETS[self.target].warp_size
         if threads > _launch.MOST_THREADS:

@@ -35,9 +35,10 @@ class Device(NamedTuple):
     warp: int = 32  # threads
     least: int = 0  # elements of a tile of whole rows, where that is more than what is best on a GPU
     limits: bool = False  # its compiler may be told how many registers a thread has at most
+    fewer: int = 1  # blocks of a row that stay in registers, less than on an H100: other compilers need more beside them
 
 
-H100 = Device(132, 50 << 20, limits=True)
+H100 = Device(132, 50 << 20, limits=True, fewer=0)
 MI300X = Device(304, 4 << 20, warp=64)
 # The interpreter stands in for one, with tiles as large as they may be: its time goes by programs.
 INTERPRETER = H100._replace(least=TILE)
@@ -101,7 +102,7 @@ class Launch(NamedTuple):
 
 
 class InBlocks(NamedTuple):
-    """How the fused kernel takes rows of several blocks."""
+    """How the fused kernel takes rows of several blocks on an H100."""
 
     columns: int  # at most
     block_v: int
@@ -162,7 +163,10 @@ def in_blocks(sizes: Sizes, device: Device, choice: InBlocks) -> Launch:
     launch = _blocks(sizes, device, choice.block_v, min(choice.num_warps, most))
     registers = REGISTERS // max(1, 32 * choice.num_warps * choice.resident) // 8 * 8
     capped = device.limits and choice.resident and registers < THREAD_REGISTERS
-    return launch._replace(kept=min(choice.kept, launch.span // choice.block_v), registers=registers if capped else 0)
+    # The edges of a row that begins anywhere take registers too.
+    fewer = device.fewer + (sizes.shift > 0)
+    kept = min(max(1, choice.kept - fewer), launch.span // choice.block_v)
+    return launch._replace(kept=kept, registers=registers if capped else 0)
 
 
 def _spatial(sizes: Sizes) -> Launch:

@@ -36,8 +36,14 @@ def _properties(device: torch.device) -> Device:
     found = torch.get_device_module(device).get_device_properties(device)
     # XPU has neither name.
     multiprocessors = found.multi_processor_count if hasattr(found, "multi_processor_count") else found.max_compute_units
-    limits = device.type == "cuda" and torch.version.hip is None and 10 * found.major < _launch.ARCH_UNLIMITED
-    return Device(multiprocessors, getattr(found, "L2_cache_size", 0), getattr(found, "warp_size", 32), limits=limits)
+    arch = 10 * found.major + found.minor if device.type == "cuda" and torch.version.hip is None else None
+    return Device(
+        multiprocessors,
+        getattr(found, "L2_cache_size", 0),
+        getattr(found, "warp_size", 32),
+        limits=arch is not None and arch < _launch.ARCH_UNLIMITED,
+        fewer=0 if arch == 90 else 1,
+    )
 
 
 class _Kernel:

@@ -38,7 +38,7 @@ def test_every_write_reaches_memory_once():
 
 
 def test_without_a_cache_every_access_is_traffic():
-    none = Device(132, 1 << 15)
+    none = Device(132, 1 << 15, fewer=0)
     # 2 of 8 blocks stay in registers.
     assert known_divisor(none, 128256, 264) == pytest.approx(3 - 2 / 8)
     assert known_divisor(none, 128256, 264, kept=0) == pytest.approx(3)

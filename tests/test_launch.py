@@ -272,7 +272,9 @@ def test_every_tile_covers_its_row_within_the_registers(itemsize, classes, spati
         sizes = Sizes(images, positions, classes, itemsize, spatial, aligned)
         gradients = [_launch.gradient(sizes, H100, whole_rows) for whole_rows in (False, True)]
         for launch in (_launch.forward(sizes, H100), _launch.margin(sizes, H100), *gradients):
+            # No more than 32 elements a thread, and but for a gradient of 16 warps no more than 4096.
             assert launch.block_n * launch.block_v <= 32 * 32 * launch.num_warps
+            assert launch.block_n * launch.block_v <= 4096 or launch in gradients
             if not aligned and not spatial:
                 assert launch.block_n == 1 or launch.block_n * launch.block_v <= 1024
             assert launch.spans(sizes) * launch.span >= classes
@@ -313,8 +315,8 @@ def test_blocks_that_stay_in_registers_fit(itemsize, device):
         assert programs >= 1
         assert programs * launch.kept * launch.block_v * itemsize <= 4 * _launch.REGISTERS // 2
         assert bool(launch.registers) == (device.limits and itemsize < 8)
-    # A row of 32000 is read once.
-    assert itemsize != 2 or _launch.fused(Sizes(1, 8192, 32000, 2), device).kept == 8
+    # A row of 32000 is read once on an H100, and but for a block elsewhere.
+    assert itemsize != 2 or _launch.fused(Sizes(1, 8192, 32000, 2), device).kept == (8 if device == H100 else 7)
 
 
 def test_three_blocks_of_a_long_row_are_on_their_way():

@@ -73,7 +73,7 @@ def store_numbers(
     if BLOCK_N >= 8:
         tl.debug_barrier()
         log_weight, unit = stored_terms(rows_ptr, row, exists, N)
-    return coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor.to(row_sum.dtype))
+    return coefficient(1.0, log_weight, unit, row_sum, 0.0, divisor)
 
 
 @triton.jit
@@ -133,8 +133,9 @@ def fused_kernel(
 ):
     """A program reads BLOCK_N rows once and writes their numbers, its share of the value, and dlogits for dloss = 1."""
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
-    eps = tl.load(params_ptr)
-    divisor = tl.load(normalizer_ptr)
+    compute: tl.constexpr = rows_ptr.dtype.element_ty
+    eps = tl.load(params_ptr).to(compute)
+    divisor = tl.load(normalizer_ptr).to(compute)
     row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
         logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
         CAPPED, UNIT, LAYOUT, BLOCK_N,
@@ -269,8 +270,9 @@ def fused_blocks_kernel(
     """
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    eps = tl.load(params_ptr)
-    divisor = tl.load(normalizer_ptr)
+    compute: tl.constexpr = rows_ptr.dtype.element_ty
+    eps = tl.load(params_ptr).to(compute)
+    divisor = tl.load(normalizer_ptr).to(compute)
     row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
         logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
         CAPPED, UNIT, LAYOUT, BLOCK_N,
