@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _cpu
+from . import _cpu, _launch
 from ._operator import operator
 from ._rows import compute_dtype
 
@@ -19,6 +19,29 @@ def _triton():
     from . import _triton
 
     return _triton
+
+
+def _gradient_like(logits: Tensor) -> Tensor:
+    """An empty tensor for the gradient of logits (N, V) or (images, V, D), as the kernels write it.
+
+    It is what `torch.empty_like` makes, but for room of less than 16 bytes between rows, and between images, where the logits
+    have room there: then rows begin alike in both, and are written 16 bytes at a time.
+    """
+    if logits.stride(1) != 1 or not _launch.shifted(logits.shape[1]):
+        return torch.empty_like(logits)
+    unit = 16 // logits.dtype.itemsize
+    strides = [1] * logits.dim()
+    own = extent = logits.shape[1]
+    for dim in (2, 0) if logits.dim() == 3 else (0,):
+        size, stride = logits.shape[dim], logits.stride(dim)
+        if size > 1:
+            if stride < extent:
+                return torch.empty_like(logits)
+            own += (stride - own) % unit
+            extent = stride
+        strides[dim] = own
+        own, extent = own * size, extent * size
+    return logits.new_empty_strided(logits.shape, strides)
 
 
 def _only_once(ctx) -> None:
@@ -71,13 +94,15 @@ def margin_gradient(
 ) -> Tensor:
     """dlogits (N, V) for a derivative by the margins (N,)."""
     if impl == "triton":
-        return _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, transform=transform)
+        dlogits = _gradient_like(logits)
+        _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, dlogits, transform=transform)
+        return dlogits
     return _cpu.margin_gradient(logits, target, dmargin, ignore_index, transform=transform)
 
 
 @margin_gradient.register_fake
 def _(logits, target, statistics, dmargin, ignore_index, impl, transform=None):
-    return torch.empty_like(logits) if impl == "triton" else logits.new_empty(logits.shape)
+    return _gradient_like(logits) if impl == "triton" else logits.new_empty(logits.shape)
 
 
 @operator("fused_dm::margin_gradient2_", mutates_args=["logits"])
@@ -92,9 +117,9 @@ def margin_gradient_(
 ) -> None:
     """Overwrite the logits by dlogits for a derivative by the margins (N,)."""
     if impl == "triton":
-        _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, out=logits, transform=transform)
+        _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, logits, transform=transform)
     else:
-        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
+        _cpu.margin_gradient(logits, target, dmargin, ignore_index, logits, transform=transform)
 
 
 def _margin_setup(ctx, inputs, output) -> None:
@@ -246,7 +271,7 @@ def cpu_direction_(
     logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Margins, leads and norms (N,); the logits are overwritten by the gradient for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, out=logits, transform=transform)[:3]
+    return _cpu.undivided_direction(logits, target, ignore_index, logits, transform=transform)[:3]
 
 
 @cpu_direction_.register_fake
@@ -334,12 +359,14 @@ def triton_gradient(
     transform: Tensor | None = None,
 ) -> Tensor:
     """dlogits (N, V); the logits are read once. `dloss` is () or, for a loss per row, (N,)."""
-    return _triton().gradient(logits, target, rows, totals, dloss, ignore_index, transform=transform)
+    dlogits = _gradient_like(logits)
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, dlogits, transform=transform)
+    return dlogits
 
 
 @triton_gradient.register_fake
 def _(logits, target, rows, totals, dloss, ignore_index, transform=None):
-    return torch.empty_like(logits)
+    return _gradient_like(logits)
 
 
 @operator("fused_dm::triton_gradient2_", mutates_args=["logits"])
@@ -353,7 +380,7 @@ def triton_gradient_(
     transform: Tensor | None = None,
 ) -> None:
     """Overwrite the logits by dlogits."""
-    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=logits, transform=transform)
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, logits, transform=transform)
 
 
 def _triton_loss_setup(ctx, inputs, output) -> None:
@@ -429,7 +456,7 @@ def triton_fused(
     transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
-    dlogits = torch.empty_like(logits)
+    dlogits = _gradient_like(logits)
     found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, dlogits, transform)
     return *found, dlogits
 
@@ -441,7 +468,7 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
         logits.new_empty((), dtype=dtype),
         logits.new_empty((7, target.shape[0]), dtype=dtype),
         logits.new_empty(3, dtype=torch.float64),
-        torch.empty_like(logits),
+        _gradient_like(logits),
     )
 
 
@@ -513,7 +540,7 @@ def triton_rescale_(
     transform: Tensor | None = None,
 ) -> None:
     """Replace the gradient for dloss = 1 by that for `dloss` (), computed anew; nothing is written where it is 1."""
-    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, out=dlogits, skip_one=True, transform=transform)
+    _triton().gradient(logits, target, rows, totals, dloss, ignore_index, dlogits, skip_one=True, transform=transform)
 
 
 @operator("fused_dm::attach_gradient2", returns="value")

@@ -403,21 +403,19 @@ def gradient(
     totals: Tensor | None,
     dloss: Tensor,
     ignore_index: int,
-    out: Tensor | None = None,
+    out: Tensor,
     skip_one: bool = False,
     transform: Tensor | None = None,
-) -> Tensor:
-    """dlogits from the rows' numbers: one launch, into `out` where that is given; it may be the logits themselves.
+) -> None:
+    """Write dlogits from the rows' numbers to `out`, which may be the logits themselves: one launch.
 
     Without `totals`, `dloss` is the derivative by the margins. With `skip_one`, `out` holds the gradient for dloss = 1 and is
     written only if dloss is something else.
     """
-    dlogits = torch.empty_like(logits) if out is None else out
     if logits.numel():
         with _device(logits):
             given = (logits, target.contiguous(), rows, totals, dloss.contiguous())
-            _gradient(*given, ignore_index, dlogits, transform, skip_one)
-    return dlogits
+            _gradient(*given, ignore_index, out, transform, skip_one)
 
 
 def multiply_(dlogits: Tensor, dloss: Tensor) -> None:

@@ -63,7 +63,7 @@ def test_every_way_and_length(way, dtype, reduction):
 @pytest.mark.parametrize("begin", [0, 1, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_apart(apart, begin, dtype):
-    """The gradient lies elsewhere, as rows without gaps do; the loss, the margin and what is written in place do not mind."""
+    """The gradient's rows begin as theirs do, with less than 16 bytes between them."""
     for classes in (16, 17, 40):
         logits, target = make(ROWS, classes, dtype, seed=apart, ignored=0.2)
         view, _ = lying(logits, apart, begin)
@@ -76,6 +76,9 @@ def test_rows_apart(apart, begin, dtype):
             output = dm_loss(leaf, target.to(leaf.device), DM, impl="triton", reduction=reduction, return_output=True)
             (dlogits,) = torch.autograd.grad(output.loss, leaf)
             check(output, dlogits, truth)
+            assert is_shifted(view, dlogits) == is_shifted(view)
+            assert 0 <= dlogits.stride(0) - classes < 16 // dtype.itemsize
+            assert (dlogits.stride(0) - view.stride(0)) * dtype.itemsize % 16 == 0
         plain = margin(logits.to(view.device), target.to(view.device), impl="triton")
         torch.testing.assert_close(margin(view, target.to(view.device), impl="triton"), plain, equal_nan=True)
 
@@ -185,6 +188,9 @@ def test_images_of_rows_that_begin_anywhere():
         where = target.reshape(3, 4).to(leaf.device)
         output = dm_loss(leaf, where, DM, impl="triton", reduction=reduction, return_output=True)
         (dlogits,) = torch.autograd.grad(output.loss, leaf)
+        # Rows of 37 without room between them, and images of 4 with as much as lets them begin as those of 5 do.
+        assert is_shifted(leaf, dlogits)
+        assert dlogits.stride() == (4 * 37 + 5, 1, 37)
         names = ("example_weight", "target_prob", "correct")
         flat = output._replace(**{name: getattr(output, name).flatten() for name in names})
         check(flat, dlogits.transpose(1, 2).reshape(12, 37), expected(logits, target, DM, reduction=reduction))

@@ -24,7 +24,7 @@ EDGES = {
     "_linear_operators": {"_cpu", "_linear_blocks", "_operator", "_rows"},
     "_loss": {"_cpu", "_operator", "_operators", "_rows", "_validation"},
     "_operator": set(),
-    "_operators": {"_cpu", "_operator", "_rows", "_triton"},
+    "_operators": {"_cpu", "_launch", "_operator", "_rows", "_triton"},
     "_plot": {"_report", "edf"},
     "_report": {"_api", "_extras", "_linear", "_plot"},
     "_rows": set(),
