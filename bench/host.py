@@ -27,10 +27,13 @@ ROWS, CLASSES = 1024, 16
 
 
 def steps(logits: Tensor, target: Tensor) -> dict[str, Callable[[], Tensor]]:
+    weights = {"weight": torch.ones(CLASSES, device=logits.device), "sample_weight": torch.ones(ROWS, device=logits.device)}
     found = {
         "dm_loss, sum of weights": lambda: dm_loss(logits, target, DM, impl="triton"),
         "dm_loss, known divisor": lambda: dm_loss(logits, target, DM, reduction="sum", normalizer=float(ROWS), impl="triton"),
         "dm_loss, mean": lambda: dm_loss(logits, target, edf.CCE(), reduction="mean", impl="triton"),
+        "dm_loss, weighted": lambda: dm_loss(logits, target, DM, impl="triton", **weights),
+        "dm_loss, weighted mean": lambda: dm_loss(logits, target, edf.CCE(), reduction="mean", impl="triton", **weights),
     }
     # Elsewhere it would compute.
     return found | {"F.cross_entropy": lambda: F.cross_entropy(logits, target)} if logits.is_cuda else found

@@ -105,13 +105,13 @@ def trials(kernel: str, case: Case) -> list[Trial]:
 
 def task(trial: Trial, logits: Tensor, target: Tensor) -> Callable[[Any], Any]:
     params = torch.tensor([0.0, 8.0, 0.5], dtype=torch.float64, device="cuda")
-    _, rows, totals = _triton.loss_and_rows(logits, target, None, params, None, DM.family, -100)
+    _, rows, totals = _triton.loss_and_rows(logits, target, None, None, params, None, DM.family, -100)
     divisor, dloss = torch.full((), 4.0, dtype=torch.float64, device="cuda"), torch.ones((), device="cuda")
     out = torch.empty_like(logits)
     return {
-        "forward": lambda _: _triton.loss_and_rows(logits, target, None, params, None, DM.family, -100),
+        "forward": lambda _: _triton.loss_and_rows(logits, target, None, None, params, None, DM.family, -100),
         "gradient": lambda _: _triton.gradient(logits, target, rows, totals, dloss, -100, out),
-        "fused": lambda _: _triton.loss_and_rows(logits, target, None, params, divisor, DM.family, -100, out),
+        "fused": lambda _: _triton.loss_and_rows(logits, target, None, None, params, divisor, DM.family, -100, out),
     }[trial.kernel]
 
 

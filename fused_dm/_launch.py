@@ -23,6 +23,8 @@ SHIFTED = 16
 ARCH_UNLIMITED = 100
 # Bytes of a block of a long row's gradient, for 16 warps.
 GRADIENT_BLOCKS = (32768, 16384)
+# Rows whose weights one program adds: it reads 512 KiB of labels in about the 5 us that torch's launches take.
+ROWS_ALONE = 65536
 # Bytes that an H100 moves while it starts one more launch.
 LAUNCH_BYTES = 6 << 20
 
@@ -285,3 +287,9 @@ def totals(programs: int) -> dict[str, int | bool]:
     """Of the launch that adds the sums of so many programs: all loaded at once, up to 16 a thread."""
     block = min(8192, _power_of_2(max(128, programs)))
     return {"BLOCK": block, "ONE_BLOCK": programs <= block, "num_warps": max(4, min(16, block // 256))}
+
+
+def divisor(rows: int) -> dict[str, int]:
+    """Of the launch that adds the weights of so many rows, up to 8 a thread at once."""
+    block = min(8192, _power_of_2(max(128, rows)))
+    return {"BLOCK": block, "num_warps": max(4, min(32, block // 256))}

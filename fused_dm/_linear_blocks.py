@@ -268,7 +268,7 @@ def gradients(
             # The loss of the block alone, which is not used, is inf if weights overflow that nothing divides.
             divisor = None if weighting.relative else one
             _, numbers, _ = launch.loss_and_rows(
-                block, labels, row_weight, weighting.params, divisor, weighting.family, ignore_index, out, transform
+                block, labels, None, row_weight, weighting.params, divisor, weighting.family, ignore_index, out, transform
             )
             _, row_sum, lead[at], log_weight, *_ = numbers.unbind()
             margin[at] = lead[at] - row_sum.log()

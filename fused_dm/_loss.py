@@ -288,8 +288,12 @@ def triton_loss(problem: Problem) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     family, params, transform = problem.emphasis.family, problem.emphasis.params, problem.transform
     backward = needs_gradient(logits)
-    weight = row_weights(problem)
-    normalizer = _normalizer(problem, weight)
+    weights = (problem.weight, problem.sample_weight)
+    if problem.reduction == "mean":
+        dtype = compute_dtype(logits.dtype)
+        normalizer = _operators.triton_divisor(target, *weights, logits.shape[1], ignore_index, dtype)
+    else:
+        normalizer = _normalizer(problem, None)
     known = problem.reduction == "mean" or problem.normalizer is not None
     in_forward = known and _in_forward(problem)
     # The gradient is attached to the value afterwards; otherwise the operator brings its own.
@@ -297,17 +301,19 @@ def triton_loss(problem: Problem) -> Result:
     if in_forward and problem.inplace:
         dlogits = logits.detach()
         loss, rows, totals = _operators.triton_fused_(
-            dlogits, target, weight, params, normalizer, family, ignore_index, transform
+            dlogits, target, *weights, params, normalizer, family, ignore_index, transform
         )
         loss = _operators.attach_overwritten(logits, loss, dlogits)
     elif in_forward:
         loss, rows, totals, dlogits = _operators.triton_fused(
-            logits.detach(), target, weight, params, normalizer, family, ignore_index, transform
+            logits.detach(), target, *weights, params, normalizer, family, ignore_index, transform
         )
         loss = _operators.attach_gradient(logits, loss, dlogits, target, rows, totals, ignore_index, transform)
     else:
         given = logits.detach() if attach else logits
-        loss, rows, totals = _operators.triton_loss(given, target, weight, params, normalizer, family, ignore_index, transform)
+        loss, rows, totals = _operators.triton_loss(
+            given, target, *weights, params, normalizer, family, ignore_index, transform
+        )
     rows, totals = rows.detach(), totals.detach()
     _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":

@@ -323,11 +323,30 @@ attach_direction.register_autograd(_attach_direction_backward, setup_context=_at
 # ---- Triton: the fused path
 
 
-@operator("fused_dm::triton_loss2")
+@operator("fused_dm::triton_divisor")
+def triton_divisor(
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum of the examples' weights, () fp64; 1 where it has nothing to divide. The weights are rounded to `dtype`."""
+    return _triton().divisor(target, weight, sample_weight, classes, ignore_index, dtype)
+
+
+@triton_divisor.register_fake
+def _(target, weight, sample_weight, classes, ignore_index, dtype):
+    return target.new_empty((), dtype=torch.float64)
+
+
+@operator("fused_dm::triton_loss3")
 def triton_loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     params: Tensor,
     normalizer: Tensor | None,
     family: str,
@@ -335,11 +354,12 @@ def triton_loss(
     transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,); the logits are read once."""
-    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, transform=transform)
+    given = (logits, target, weight, sample_weight, params, normalizer, family, ignore_index)
+    return _triton().loss_and_rows(*given, transform=transform)
 
 
 @triton_loss.register_fake
-def _(logits, target, weight, params, normalizer, family, ignore_index, transform=None):
+def _(logits, target, weight, sample_weight, params, normalizer, family, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
@@ -385,16 +405,16 @@ def triton_gradient_(
 
 def _triton_loss_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    logits, target, _, _, _, _, ctx.ignore_index, transform = inputs
+    logits, target, _, _, _, _, _, ctx.ignore_index, transform = inputs
     ctx.save_for_backward(logits, target, output[1], output[2], transform)
 
 
 def _triton_loss_backward(ctx, dloss, _, __):
     if dloss is None:
-        return None, None, None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None, None
     logits, target, rows, totals, transform = ctx.saved_tensors
     dlogits = triton_gradient(logits, target, rows, totals, dloss, ctx.ignore_index, transform)
-    return dlogits, None, None, None, None, None, None, None
+    return dlogits, None, None, None, None, None, None, None, None
 
 
 triton_loss.register_autograd(_triton_loss_backward, setup_context=_triton_loss_setup)
@@ -444,11 +464,12 @@ attach_rows.register_autograd(_attach_rows_backward, setup_context=_attach_rows_
 # ---- Triton: the gradient for dloss = 1 is written in the forward
 
 
-@operator("fused_dm::triton_fused2")
+@operator("fused_dm::triton_fused3")
 def triton_fused(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     params: Tensor,
     normalizer: Tensor,
     family: str,
@@ -457,12 +478,13 @@ def triton_fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N), totals (3,) and dlogits (N, V) for dloss = 1, from the single fused kernel."""
     dlogits = _gradient_like(logits)
-    found = _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, dlogits, transform)
+    given = (logits, target, weight, sample_weight, params, normalizer, family, ignore_index)
+    found = _triton().loss_and_rows(*given, dlogits, transform)
     return *found, dlogits
 
 
 @triton_fused.register_fake
-def _(logits, target, weight, params, normalizer, family, ignore_index, transform=None):
+def _(logits, target, weight, sample_weight, params, normalizer, family, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),
@@ -472,11 +494,12 @@ def _(logits, target, weight, params, normalizer, family, ignore_index, transfor
     )
 
 
-@operator("fused_dm::triton_fused2_", mutates_args=["logits"])
+@operator("fused_dm::triton_fused3_", mutates_args=["logits"])
 def triton_fused_(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     params: Tensor,
     normalizer: Tensor,
     family: str,
@@ -484,11 +507,12 @@ def triton_fused_(
     transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), rows (7, N) and totals (3,); the logits are overwritten by dlogits for dloss = 1."""
-    return _triton().loss_and_rows(logits, target, weight, params, normalizer, family, ignore_index, logits, transform)
+    given = (logits, target, weight, sample_weight, params, normalizer, family, ignore_index)
+    return _triton().loss_and_rows(*given, logits, transform)
 
 
 @triton_fused_.register_fake
-def _(logits, target, weight, params, normalizer, family, ignore_index, transform=None):
+def _(logits, target, weight, sample_weight, params, normalizer, family, ignore_index, transform=None):
     dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((), dtype=dtype),

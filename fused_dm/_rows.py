@@ -62,7 +62,9 @@ def row_weight(
     combined = valid.to(dtype)
     if weight is not None:
         is_class = valid & (target >= 0) & (target < weight.shape[0])
-        combined = combined * weight.to(dtype)[torch.where(is_class, target, torch.zeros_like(target))]
+        of_class = weight.to(dtype)[torch.where(is_class, target, torch.zeros_like(target))]
+        # A label that is no class is not dropped with class 0.
+        combined = torch.where(is_class, of_class, combined)
     if sample_weight is not None:
         combined = torch.where(valid, combined * sample_weight.to(dtype), torch.zeros_like(combined))
     return torch.where(valid, combined, torch.zeros_like(combined))

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import fused_dm_kernels as kernels
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import _launch
 from ._launch import Device, Launch, Sizes
-from ._rows import compute_dtype
+from ._rows import compute_dtype, mean_divisor, row_weight
 from .edf._custom import DEVICE_FORMS
 
 # Plans of each kind that are kept.
@@ -292,9 +293,15 @@ def _multiply_plan(dlogits: _Logits) -> _Kernel:
     return _Kernel(kernels.multiply_kernel, programs, SPAN=launch.span, **layout.arguments(launch))
 
 
+@functools.lru_cache(PLANS)
+def _divisor_plan(device: torch.device, rows: int, classes: int, ignore_index: int, dtype: torch.dtype) -> _Kernel:
+    fixed = {"N": rows, "V": classes, "ignore_index": ignore_index, "DTYPE": getattr(tl, str(dtype).removeprefix("torch."))}
+    return _Kernel(kernels.divisor_kernel, 1, **fixed, **_launch.divisor(rows))
+
+
 def forget_plans() -> None:
     """Plan anew, for those who change what `_launch` answers."""
-    for plan in (_margin_plan, _batch_plan, _gradient_plan, _multiply_plan):
+    for plan in (_margin_plan, _batch_plan, _gradient_plan, _multiply_plan, _divisor_plan):
         plan.cache_clear()
 
 
@@ -333,6 +340,7 @@ def loss_and_rows(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     params: Tensor,
     normalizer: Tensor | None,
     family: str,
@@ -353,7 +361,8 @@ def loss_and_rows(
         "logits_ptr": logits,
         "target_ptr": target,
         "transform_ptr": transform,
-        "weight_ptr": weight,
+        "weight_ptr": None if weight is None else weight.contiguous(),
+        "sample_weight_ptr": None if sample_weight is None else sample_weight.contiguous(),
         "params_ptr": params,
         "rows_ptr": rows,
     }
@@ -423,3 +432,27 @@ def multiply_(dlogits: Tensor, dloss: Tensor) -> None:
     if dlogits.numel():
         with _device(dlogits):
             _multiply_plan(_of(dlogits, None))(dlogits_ptr=dlogits, dloss_ptr=dloss)
+
+
+def divisor(
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What "mean" divides by, the sum of the rows' weights in fp64, rounded to `dtype` each: one launch for rows of moderate number."""
+    if target.shape[0] > _launch.ROWS_ALONE:
+        valid = target != ignore_index
+        return mean_divisor(row_weight(weight, sample_weight, target, valid, dtype), valid)
+    found = target.new_empty((), dtype=torch.float64)
+    plan = _divisor_plan(target.device, target.shape[0], classes, ignore_index, dtype)
+    with _device(target):
+        plan(
+            target_ptr=target.contiguous(),
+            weight_ptr=None if weight is None else weight.contiguous(),
+            sample_weight_ptr=None if sample_weight is None else sample_weight.contiguous(),
+            divisor_ptr=found,
+        )
+    return found

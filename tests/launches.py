@@ -70,6 +70,7 @@ WAYS = {
     "several tiles": {
         "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(repeat=4),
         "totals": lambda programs: {"BLOCK": 2, "ONE_BLOCK": programs <= 2, "num_warps": 4},
+        "divisor": lambda rows: {"BLOCK": 2, "num_warps": 4},
     },
     "alone": {
         "forward": lambda sizes, device, capped=False: _launch.tiles(sizes, device)._replace(way="alone"),
@@ -165,7 +166,7 @@ def counted_launches():
         with _disable_current_modes():
             return execute(*args, **kwargs)
 
-    names = ("margin", "loss_and_rows", "gradient", "multiply_")
+    names = ("divisor", "margin", "loss_and_rows", "gradient", "multiply_")
     _operators._triton = lambda: SimpleNamespace(**{name: seen(getattr(_triton, name)) for name in names})
     GridExecutor.__call__ = unseen
     before = dict(bounds.kernels)

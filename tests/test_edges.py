@@ -189,6 +189,11 @@ def test_label_that_is_no_class_in_a_kernel(label, reduction, monkeypatch):
     else:
         assert output.loss.isnan()
     assert dlogits.isnan().any(1).tolist() == [False, False, False, True, False]
+    # Such a label has no class whose weight might be 0.
+    for emphasis in (DM, lambda log_p, log_q: log_q):
+        output, dlogits = run("triton", logits, target, emphasis, reduction=reduction, weight=torch.zeros(6))
+        assert dlogits.isnan().any(1).tolist() == [False, False, False, True, False]
+        assert output.target_prob.isnan().tolist() == [False, False, False, True, False]
     monkeypatch.setenv("FUSED_DM_VALIDATE", "1")
     with pytest.raises(IndexError, match=rf"target: expected labels in \[0, 6\).*got {label}"):
         run("triton", logits, target, DM)

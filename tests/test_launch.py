@@ -49,6 +49,7 @@ def test_every_way_with_every_option(way, emphasis, reduction, dtype):
     generator = torch.Generator().manual_seed(3)
     options = {"reduction": reduction, "sample_weight": torch.randn(rows, generator=generator) + 1}
     options["sample_weight"][::7] = 0
+    options["weight"] = torch.linspace(0, 2, 60).roll(7)
     if reduction == "sum":
         options["normalizer"] = 3.0
     truth = expected(logits, target, emphasis, **options)
@@ -74,7 +75,7 @@ def test_the_gradient_for_a_known_divisor(way, dtype, classes):
     logits, target, weight = (tensor.to(device) for tensor in (logits, target, sample_weight.to(compute)))
     dlogits = torch.full_like(logits, math.nan)
     with forced(way), np.errstate(invalid="ignore", over="ignore"):
-        _triton.loss_and_rows(logits, target, weight, params, divisor, "dm", -100, dlogits)
+        _triton.loss_and_rows(logits, target, None, weight, params, divisor, "dm", -100, dlogits)
     dlogits = dlogits.cpu()
     assert (dlogits[~counts] == 0).all()
     assert share_of_bound(dlogits[counts], truth.dlogits[counts], truth.allowed["dlogits"][counts]).max() <= 1
@@ -369,8 +370,10 @@ def test_the_gradient_is_cut_until_it_fills_the_device():
 # ---- Launches
 
 
-def step(shape, dtype=torch.float32, **options):
+def step(shape, dtype=torch.float32, weighted=False, **options):
     logits, target = make(*shape, dtype)
+    if weighted:
+        options |= {"weight": torch.linspace(0, 2, shape[1]), "sample_weight": torch.linspace(-1, 2, shape[0])}
     leaf = logits.requires_grad_()
     upstream = torch.ones((), dtype=torch.float32)
     # The first call makes the EDF's parameters.
@@ -387,6 +390,10 @@ STEPS = {
     "a block": ((5, 4096), {}, ["forward", "totals", "gradient"]),
     "few rows": ((3, 20000), {}, ["split", "batch", "gradient"]),
     "sum": ((540, 200), {"reduction": "sum"}, ["forward", "totals", "gradient"]),
+    "weighted": ((540, 200), {"weighted": True}, ["forward", "totals", "gradient"]),
+    "small, weighted": ((128, 100), {"weighted": True}, ["batch", "gradient"]),
+    "mean": ((540, 200), {"reduction": "mean"}, ["divisor", "fused", "totals", "gradient"]),
+    "weighted mean": ((540, 200), {"reduction": "mean", "weighted": True}, ["divisor", "fused", "totals", "gradient"]),
     "known": ((540, 200), {"reduction": "sum", "normalizer": torch.tensor(3.0)}, ["fused", "totals", "gradient"]),
     "known, few rows": (
         (3, 20000),
@@ -402,10 +409,50 @@ def test_launches_of_a_training_step(case):
     shape, options, kernels = STEPS[case]
     found = step(shape, **options)
     assert found.kernels == {f"{name}_kernel": kernels.count(name) for name in kernels}
-    # A known divisor is made fp64. sum_weight is nothing but kernels.
-    assert sorted(found.torch) == (["_to_copy"] if "normalizer" in options else ["ones"] if options else [])
-    if not options:
+    # A known divisor is made fp64. sum_weight and mean are nothing but kernels, with and without weights.
+    made = ["_to_copy"] if "normalizer" in options else ["ones"] if options.get("reduction") == "sum" else []
+    assert sorted(found.torch) == made
+    if "reduction" not in options:
         assert found.total <= 3
+
+
+WEIGHTS = {
+    "none": lambda rows, classes: (None, None),
+    "of classes": lambda rows, classes: (torch.linspace(0, 2, classes), None),
+    "of examples": lambda rows, classes: (None, torch.linspace(-1, 3, 2 * rows)[::2]),
+    "both": lambda rows, classes: (torch.linspace(0, 2, classes).half(), torch.linspace(-1, 3, rows).double()),
+    "that cancel": lambda rows, classes: (None, 1.0 - 2.0 * (torch.arange(rows) // 2 % 2)),
+    "zero": lambda rows, classes: (None, torch.zeros(rows)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("rows", [0, 1, 300, 9000])
+@pytest.mark.parametrize("many", [False, True])
+def test_the_divisor_of_mean(rows, weights, dtype, many, monkeypatch):
+    """The rows' weights, rounded to the dtype of the rows' numbers, added in fp64: by a kernel or, where they are many, by torch."""
+    if many:
+        monkeypatch.setattr(_launch, "ROWS_ALONE", 0)
+    target = torch.arange(rows) % 7
+    target[::3] = -100
+    weight, sample_weight = WEIGHTS[weights](rows, 7)
+    valid = target != -100
+    exact = torch.ones(rows, dtype=torch.float64)
+    if weight is not None:
+        exact = exact * weight.to(dtype)[target.clamp(min=0)].double()
+    if sample_weight is not None:
+        exact = (exact.to(dtype) * sample_weight.to(dtype)).double()
+    exact = exact[valid]
+    given = [None if tensor is None else tensor.to(device_of("triton")) for tensor in (target, weight, sample_weight)]
+    found = _triton.divisor(*given, 7, -100, dtype).cpu()
+    assert found.dtype == torch.float64
+    if (exact == 0).all():
+        assert found == 1
+    else:
+        # Each addition rounds what it adds up to, whatever the order.
+        assert (found - exact.sum()).abs() <= rows * 2.0**-53 * exact.abs().sum()
+    assert _triton.divisor(torch.full_like(given[0], -100), *given[1:], 7, -100, dtype) == 1
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")

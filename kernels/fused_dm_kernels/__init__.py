@@ -9,4 +9,5 @@ from .fused import fused_blocks_kernel as fused_blocks_kernel
 from .fused import fused_kernel as fused_kernel
 from .gradient import gradient_kernel as gradient_kernel
 from .gradient import multiply_kernel as multiply_kernel
+from .reduction import divisor_kernel as divisor_kernel
 from .reduction import totals_kernel as totals_kernel

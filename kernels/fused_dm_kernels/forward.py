@@ -16,6 +16,7 @@ from .rows import (
     in_elements,
     in_words,
     load_label,
+    load_weight,
     no_statistics,
     other_classes,
     own_labels,
@@ -100,7 +101,7 @@ def own_statistics(
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Row numbers, whether they exist and are examples, and their label's logit, maximum and sum.
+    """Row numbers, whether they exist, labels, whether they are examples, and their label's logit, maximum and sum.
 
     The last two are read from the logits, or combined from those of their parts where `parts_ptr` is given.
     """
@@ -137,7 +138,7 @@ def own_statistics(
         )
     else:
         row_max, row_sum = combined_parts(parts_ptr, row, exists, N, parts, PARTS)
-    return row, exists, valid, label_logit, row_max, row_sum
+    return row, exists, target, valid, label_logit, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -222,7 +223,7 @@ def margin_kernel(
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     tile = tl.program_id(0)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    row, exists, valid, label_logit, row_max, row_sum = own_statistics(
+    row, exists, _, valid, label_logit, row_max, row_sum = own_statistics(
         logits_ptr, target_ptr, parts_ptr, tile, N, V, D, columns, parts, logits_strides, ignore_index, dtype,
         transform_ptr, CAPPED, UNIT, LAYOUT, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
     )  # fmt: skip
@@ -235,7 +236,8 @@ def forward_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
-    weight_ptr,  # (N,) or None
+    weight_ptr,  # (V,) or None
+    sample_weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     rows_ptr,  # (7, N) out
     partials_ptr,  # (3, programs) out
@@ -264,16 +266,17 @@ def forward_kernel(
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr)
     for i in tl.range(0, TILES, num_stages=1):
-        row, exists, _, label_logit, row_max, row_sum = own_statistics(
+        row, exists, _, _, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, None, program * TILES + i, N, V, D, columns, 1, logits_strides, ignore_index, dtype,
             transform_ptr, CAPPED, UNIT, LAYOUT, 1, TILES, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
         store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
     row, exists = rows_of_tiles(program, N, D, TILES, BLOCK_N)
-    _, valid = own_labels(row, exists, target_ptr, ignore_index)
+    target, valid = own_labels(row, exists, target_ptr, ignore_index)
+    weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, dtype)
     tl.debug_barrier()
     margin = stored_margin(rows_ptr, row, exists, N)
-    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
+    log_weight, sign, unit, value = row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT, LOSS)
     store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     store_partials(partials_ptr, program, tl.num_programs(0), log_weight, sign, value, LOSS)
 
@@ -283,7 +286,8 @@ def batch_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
-    weight_ptr,  # (N,) or None
+    weight_ptr,  # (V,) or None
+    sample_weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     parts_ptr,  # (2, parts, N) of the split kernel, or None
     normalizer_ptr,  # () fp64, or None: the sum of weights
@@ -318,15 +322,16 @@ def batch_kernel(
     weights = tl.zeros([], tl.float64)
     values = tl.zeros([], tl.float64)
     for tile in tl.range(0, tiles, num_stages=1):
-        row, exists, valid, label_logit, row_max, row_sum = own_statistics(
+        row, exists, target, valid, label_logit, row_max, row_sum = own_statistics(
             logits_ptr, target_ptr, parts_ptr, tile, N, V, D, columns, parts, logits_strides, ignore_index, dtype,
             transform_ptr, CAPPED, UNIT, LAYOUT, PARTS, 1, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
+        weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, dtype)
         margin = store_statistics(rows_ptr, row, exists, N, label_logit, row_max, row_sum)
         if BLOCK_N >= 8:
             tl.debug_barrier()
             margin = stored_margin(rows_ptr, row, exists, N)
-        log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
+        log_weight, sign, unit, value = row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT, LOSS)
         store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
         more_top, more_weights, more_values = batch_sums(log_weight, sign, value, LOSS)
         top, weights, values = fold(top, weights, values, more_top, more_weights, more_values, LOSS)

@@ -18,6 +18,7 @@ from .rows import (
     in_words,
     in_words_again,
     load_label,
+    load_weight,
     no_statistics,
     of_active,
     other_classes,
@@ -48,12 +49,12 @@ def store_numbers(
     partials_ptr,
     row,
     exists,
+    weight,
     valid,
     N,
     label_logit,
     row_max,
     row_sum,
-    weight_ptr,
     params_ptr,
     eps,
     divisor,
@@ -67,7 +68,7 @@ def store_numbers(
         # What a reduction leaves behind every thread of the row has; so it is a row for each thread.
         tl.debug_barrier()
         margin = stored_margin(rows_ptr, row, exists, N)
-    log_weight, sign, unit, value = row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT, LOSS)
+    log_weight, sign, unit, value = row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT, LOSS)
     store_partials(partials_ptr, tl.program_id(0), tl.num_programs(0), log_weight, sign, value, LOSS)
     store_terms(rows_ptr, row, exists, N, log_weight, unit, sign, value)
     if BLOCK_N >= 8:
@@ -81,18 +82,21 @@ def own_rows(
     logits_ptr,
     target_ptr,
     transform_ptr,
+    weight_ptr,
+    sample_weight_ptr,
     V,
     D,
     logits_strides,
     dlogits_strides,
     ignore_index,
+    dtype,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Of the program's rows: numbers, which exist, labels, which are examples and which are read; where their logits and their
-    gradient start, and how far they are shifted; z_y.
+    gradient start, and how far they are shifted; z_y and c.
     """
     image, position, exists = own_positions(tl.program_id(0), D, BLOCK_N)
     row = image * D + position
@@ -103,7 +107,8 @@ def own_rows(
     shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
     label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-    return row, exists, target, valid, read, start, out_start, shift, label_logit
+    weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, dtype)
+    return row, exists, target, valid, read, start, out_start, shift, label_logit, weight
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -111,7 +116,8 @@ def fused_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
-    weight_ptr,  # (N,) or None
+    weight_ptr,  # (V,) or None
+    sample_weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     normalizer_ptr,  # () fp64
     rows_ptr,  # (7, N) out
@@ -136,9 +142,9 @@ def fused_kernel(
     compute: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr).to(compute)
     divisor = tl.load(normalizer_ptr).to(compute)
-    row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
-        logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
-        CAPPED, UNIT, LAYOUT, BLOCK_N,
+    row, exists, target, valid, read, start, out_start, shift, label_logit, weight = own_rows(
+        logits_ptr, target_ptr, transform_ptr, weight_ptr, sample_weight_ptr, V, D, logits_strides, dlogits_strides,
+        ignore_index, compute, CAPPED, UNIT, LAYOUT, BLOCK_N,
     )  # fmt: skip
     label = compared_label(target, shift, 1)
     if LAYOUT == "shifted":
@@ -155,8 +161,8 @@ def fused_kernel(
     else:
         row_max, row_sum = maxima, sums
     k = store_numbers(
-        rows_ptr, partials_ptr, row, exists, valid, N, label_logit, row_max, row_sum,
-        weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
+        rows_ptr, partials_ptr, row, exists, weight, valid, N, label_logit, row_max, row_sum,
+        params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
     )  # fmt: skip
     active = k != 0.0
     exps = tl.where(active[:, None], exps_of_rows(exps, maxima, row_max, LAYOUT), 0.0)
@@ -241,7 +247,8 @@ def fused_blocks_kernel(
     logits_ptr,  # (images, V, D)
     target_ptr,  # (N,) integers
     transform_ptr,  # fp64: scale and, if CAPPED, cap; or None
-    weight_ptr,  # (N,) or None
+    weight_ptr,  # (V,) or None
+    sample_weight_ptr,  # (N,) or None
     params_ptr,  # (1 + parameters,) fp64: eps, then the family's
     normalizer_ptr,  # () fp64
     rows_ptr,  # (7, N) out
@@ -273,9 +280,9 @@ def fused_blocks_kernel(
     compute: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr).to(compute)
     divisor = tl.load(normalizer_ptr).to(compute)
-    row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
-        logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
-        CAPPED, UNIT, LAYOUT, BLOCK_N,
+    row, exists, target, valid, read, start, out_start, shift, label_logit, weight = own_rows(
+        logits_ptr, target_ptr, transform_ptr, weight_ptr, sample_weight_ptr, V, D, logits_strides, dlogits_strides,
+        ignore_index, compute, CAPPED, UNIT, LAYOUT, BLOCK_N,
     )  # fmt: skip
     label = compared_label(target, shift, LANES)
     if LAYOUT == "shifted":
@@ -307,8 +314,8 @@ def fused_blocks_kernel(
     else:
         row_max, row_sum = combined_lanes(maxima, sums, LANES)
     k = store_numbers(
-        rows_ptr, partials_ptr, row, exists, valid, N, label_logit, row_max, row_sum,
-        weight_ptr, params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
+        rows_ptr, partials_ptr, row, exists, weight, valid, N, label_logit, row_max, row_sum,
+        params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
     )  # fmt: skip
     active = k != 0.0
     read = in_words_again(read, active, UNIT, LAYOUT)

@@ -57,6 +57,24 @@ def own_labels(row, exists, target_ptr, ignore_index):
 
 
 @triton.jit
+def load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, dtype):
+    """c of each row, its class's weight times its own, and 0 if it is no example; `valid` where every example has 1.
+
+    A label that is no class has 1 for its class's weight, so that the row is not dropped but nan.
+    """
+    if weight_ptr is None and sample_weight_ptr is None:
+        return valid
+    else:
+        weight = tl.full(row.shape, 1.0, dtype)
+        if weight_ptr is not None:
+            is_class = (target >= 0) & (target < V)
+            weight = tl.load(weight_ptr + target, mask=valid & is_class, other=1.0).to(dtype)
+        if sample_weight_ptr is not None:
+            weight *= tl.load(sample_weight_ptr + row, mask=valid, other=0.0).to(dtype)
+        return tl.where(valid, weight, 0.0)
+
+
+@triton.jit
 def row_starts(image, position, strides, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
     """Offsets of the rows' first columns. `strides` are those of image, position and class."""
     if LAYOUT == "positions":
@@ -443,10 +461,10 @@ def stored_terms(rows_ptr, row, exists, N):
 
 
 @triton.jit
-def row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT: tl.constexpr, LOSS: tl.constexpr):
+def row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT: tl.constexpr, LOSS: tl.constexpr):
     """log |c w|, sign of c, unit = sign q / (2 q + eps), and value = c f(p), or -log p for a family without f.
 
-    c is the row's weight (1 where weight_ptr is None); params_ptr holds eps, then the family's parameters. eps is loaded
+    c is the row's weight as `load_weight` has it; params_ptr holds eps, then the family's parameters. eps is loaded
     before the logits, so that the parameters beside it are near by now. An ignored row has -inf, 0, 0, 0.
     """
     q, log_p, log_q = sigmoids(margin)
@@ -461,9 +479,9 @@ def row_terms(margin, valid, row, weight_ptr, eps, params_ptr, LOG_WEIGHT: tl.co
         value = LOSS(log_p, log_q, params_ptr + 1)
     norm = 2.0 * q + eps
     unit = tl.where(eps == 0.0, 0.5, q / tl.where(norm == 0.0, 1.0, norm))
-    sign = tl.where(valid, 1.0, 0.0).to(margin.dtype)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + row, mask=valid, other=0.0)
+    if weight.dtype == tl.int1:
+        sign = tl.where(valid, 1.0, 0.0).to(margin.dtype)
+    else:
         valid = valid & (weight != 0.0)
         sign = tl.where(weight > 0.0, 1.0, tl.where(weight < 0.0, -1.0, 0.0)).to(margin.dtype)
         log_weight += tl.log(tl.where(valid, tl.abs(weight), 1.0))
