@@ -46,6 +46,7 @@ PASSES = {
     "fused": 2,
     "totals": 0,
     "divisor": 0,
+    "received": 0,
 }
 # Exponentials for a row that a thread holds: rescaling the sum, p and q, the weight relative to the batch, the coefficient.
 EXP_PER_ROW = 6
@@ -120,6 +121,8 @@ class Case:
         device = MI300X if target.backend == "hip" else H100._replace(limits=limits, fewer=0 if target.arch == 90 else 1)
         if self.kernel == "totals":
             return Launch("tiles", 1, 1024, 8, 1024)
+        if self.kernel == "received":
+            return Launch("tiles", 1, _launch.RECEIVED, 8, _launch.RECEIVED)
         if self.kernel == "divisor":
             chosen = _launch.divisor(self.rows)
             return Launch("tiles", 1, chosen["BLOCK"], chosen["num_warps"], chosen["BLOCK"])
@@ -186,7 +189,7 @@ class Row:
         threads = self.warps * TARGETS[self.target].warp_size
         if threads > _launch.MOST_THREADS:
             found.append(f"{threads} threads, expected at most {_launch.MOST_THREADS}")
-        if self.kernel in ("totals", "divisor") or self.dtype == "fp64":
+        if self.kernel in ("totals", "divisor", "received") or self.dtype == "fp64":
             return found
         long = self.classes.isdigit() and int(self.classes) > 65536 and self.aligned and not self.capped
         walks = self.kernel == "fused" and long and self.target.startswith("sm_")
@@ -253,6 +256,7 @@ CASES = [
     *(Case(kernel, "bf16", 32000, constants=CAPPED) for kernel in ("forward", "gradient", "fused")),
     Case("totals", "fp32", 0),
     Case("divisor", "fp32", 0),
+    Case("received", "fp32", 0),
 ]
 ONES = dict.fromkeys(("V", "dloss_stride", "ignore_index", "parts"), 1)
 # Every family, dtype and option compiles; one target shows it.
@@ -284,6 +288,7 @@ VARIANTS = [
     Case("batch", "bf16", 100, rows=32, constants=CAPPED),
     Case("split", "bf16", 10**7, rows=16, constants=CAPPED),
     Case("totals", "fp32", 0, constants={"P": 1}),
+    Case("received", "fp64", 0),
     *(Case("divisor", dtype, 0, weighted=True) for dtype in ("fp32", "fp64")),
     *(Case("divisor", "fp32", 0, weighted=True, constants={name: None}) for name in ("weight_ptr", "sample_weight_ptr")),
     *(Case("totals", "fp32", 0, family, constants={"normalizer_ptr": RUN_TIME}) for family in ("dm", "cce")),
@@ -333,8 +338,21 @@ def compile_case(case: Case, target: GPUTarget):
         "totals_ptr": "*fp64",
         "normalizer_ptr": "*fp64",
         "divisor_ptr": "*fp64",
+        "correct_ptr": "*u8",
         **dict.fromkeys(
-            ("weight_ptr", "sample_weight_ptr", "rows_ptr", "parts_ptr", "partials_ptr", "margin_ptr", "dloss_ptr", "loss_ptr"), f"*{compute}"
+            (
+                "weight_ptr",
+                "sample_weight_ptr",
+                "example_weight_ptr",
+                "target_prob_ptr",
+                "rows_ptr",
+                "parts_ptr",
+                "partials_ptr",
+                "margin_ptr",
+                "dloss_ptr",
+                "loss_ptr",
+            ),
+            f"*{compute}",
         ),
     }
     names = kernel.arg_names

@@ -23,6 +23,8 @@ SHIFTED = 16
 ARCH_UNLIMITED = 100
 # Bytes of a block of a long row's gradient, for 16 warps.
 GRADIENT_BLOCKS = (32768, 16384)
+# Rows of a program that computes what each received: one a thread, of 8 warps.
+RECEIVED = 256
 # Rows whose weights one program adds: it reads 512 KiB of labels in about the 5 us that torch's launches take.
 ROWS_ALONE = 65536
 # Bytes that an H100 moves while it starts one more launch.

@@ -315,11 +315,11 @@ def triton_loss(problem: Problem) -> Result:
             given, target, *weights, params, normalizer, family, ignore_index, transform
         )
     rows, totals = rows.detach(), totals.detach()
-    _, row_sum, lead, log_weight, unit, sign, value = rows.unbind()
     if problem.reduction == "none":
+        _, _, _, log_weight, unit, sign, value = rows.unbind()
         loss = row_values(RowTerms(log_weight, sign, unit, value), log_weight.exp(), problem.emphasis.loss is not None)
     if attach:
         loss = _operators.attach_rows(logits, loss, target, rows, totals, ignore_index, problem.inplace, transform)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, received(problem, lead - row_sum.log(), lead, log_weight, sign, Totals(*totals.unbind())))
+    return Result(loss, Received(*_operators.triton_received(target, rows, totals, ignore_index)))

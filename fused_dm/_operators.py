@@ -368,6 +368,23 @@ def _(logits, target, weight, sample_weight, params, normalizer, family, ignore_
     )
 
 
+@operator("fused_dm::triton_received")
+def triton_received(target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each row received, (N,): its share of the weights, its label's probability; the sum of weights; whether correct."""
+    return _triton().received(target, rows, totals, ignore_index)
+
+
+@triton_received.register_fake
+def _(target, rows, totals, ignore_index):
+    numbers = target.shape[0]
+    return (
+        rows.new_empty(numbers),
+        rows.new_empty(numbers),
+        totals.new_empty(()),
+        target.new_empty(numbers, dtype=torch.bool),
+    )
+
+
 @operator("fused_dm::triton_gradient2")
 def triton_gradient(
     logits: Tensor,

@@ -299,9 +299,16 @@ def _divisor_plan(device: torch.device, rows: int, classes: int, ignore_index: i
     return _Kernel(kernels.divisor_kernel, 1, **fixed, **_launch.divisor(rows))
 
 
+@functools.lru_cache(PLANS)
+def _received_plan(device: torch.device, rows: int, ignore_index: int) -> _Kernel:
+    programs = triton.cdiv(rows, _launch.RECEIVED)
+    fixed = {"N": rows, "ignore_index": ignore_index, "BLOCK": _launch.RECEIVED}
+    return _Kernel(kernels.received_kernel, programs, **fixed, num_warps=8, enable_fp_fusion=True)
+
+
 def forget_plans() -> None:
     """Plan anew, for those who change what `_launch` answers."""
-    for plan in (_margin_plan, _batch_plan, _gradient_plan, _multiply_plan, _divisor_plan):
+    for plan in (_margin_plan, _batch_plan, _gradient_plan, _multiply_plan, _divisor_plan, _received_plan):
         plan.cache_clear()
 
 
@@ -442,7 +449,7 @@ def divisor(
     ignore_index: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What "mean" divides by, the sum of the rows' weights in fp64, rounded to `dtype` each: one launch for rows of moderate number."""
+    """What "mean" divides by: the sum in fp64 of the rows' weights, rounded to `dtype`; one launch, or torch for many rows."""
     if target.shape[0] > _launch.ROWS_ALONE:
         valid = target != ignore_index
         return mean_divisor(row_weight(weight, sample_weight, target, valid, dtype), valid)
@@ -456,3 +463,20 @@ def divisor(
             divisor_ptr=found,
         )
     return found
+
+
+def received(target: Tensor, rows: Tensor, totals: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each row received, (N,), and the sum of weights, from the numbers of `loss_and_rows`, one launch."""
+    example_weight, target_prob = torch.empty_like(rows[0]), torch.empty_like(rows[0])
+    correct = torch.empty_like(target, dtype=torch.uint8)
+    if target.shape[0]:
+        with _device(rows):
+            _received_plan(rows.device, target.shape[0], ignore_index)(
+                target_ptr=target.contiguous(),
+                rows_ptr=rows,
+                totals_ptr=totals,
+                example_weight_ptr=example_weight,
+                target_prob_ptr=target_prob,
+                correct_ptr=correct,
+            )
+    return example_weight, target_prob, totals[2].clone(), correct.view(torch.bool)

@@ -166,7 +166,7 @@ def counted_launches():
         with _disable_current_modes():
             return execute(*args, **kwargs)
 
-    names = ("divisor", "margin", "loss_and_rows", "gradient", "multiply_")
+    names = ("divisor", "margin", "loss_and_rows", "gradient", "multiply_", "received")
     _operators._triton = lambda: SimpleNamespace(**{name: seen(getattr(_triton, name)) for name in names})
     GridExecutor.__call__ = unseen
     before = dict(bounds.kernels)

@@ -596,7 +596,7 @@ def test_a_family_of_another_process_is_named_in_the_error():
     logits, target = make(3, 5)
     params = torch.zeros(1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"expected a family that is registered in this process, got 'other.edf:0123'"):
-        _operators.triton_loss(logits, target, None, params, None, "other.edf:0123", -100)
+        _operators.triton_loss(logits, target, None, None, params, None, "other.edf:0123", -100)
 
 
 def test_a_family_registered_anew_is_the_new_one(monkeypatch):

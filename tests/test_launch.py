@@ -379,7 +379,8 @@ def step(shape, dtype=torch.float32, weighted=False, **options):
     # The first call makes the EDF's parameters.
     dm_loss(leaf[:1], target[:1], DM, impl="triton")
     with counted_launches() as found:
-        dm_loss(leaf, target, DM, impl="triton", **options).backward(upstream)
+        found_loss = dm_loss(leaf, target, DM, impl="triton", **options)
+        (found_loss.loss if options.get("return_output") else found_loss).backward(upstream)
     return found
 
 
@@ -392,6 +393,7 @@ STEPS = {
     "sum": ((540, 200), {"reduction": "sum"}, ["forward", "totals", "gradient"]),
     "weighted": ((540, 200), {"weighted": True}, ["forward", "totals", "gradient"]),
     "small, weighted": ((128, 100), {"weighted": True}, ["batch", "gradient"]),
+    "with what each received": ((540, 200), {"return_output": True}, ["forward", "totals", "received", "gradient"]),
     "mean": ((540, 200), {"reduction": "mean"}, ["divisor", "fused", "totals", "gradient"]),
     "weighted mean": ((540, 200), {"reduction": "mean", "weighted": True}, ["divisor", "fused", "totals", "gradient"]),
     "known": ((540, 200), {"reduction": "sum", "normalizer": torch.tensor(3.0)}, ["fused", "totals", "gradient"]),
@@ -409,10 +411,11 @@ def test_launches_of_a_training_step(case):
     shape, options, kernels = STEPS[case]
     found = step(shape, **options)
     assert found.kernels == {f"{name}_kernel": kernels.count(name) for name in kernels}
-    # A known divisor is made fp64. sum_weight and mean are nothing but kernels, with and without weights.
+    # A known divisor is made fp64, and the sum of weights that is handed out copied. All else are kernels, with weights too.
     made = ["_to_copy"] if "normalizer" in options else ["ones"] if options.get("reduction") == "sum" else []
+    made += ["clone"] if "return_output" in options else []
     assert sorted(found.torch) == made
-    if "reduction" not in options:
+    if not options.keys() - {"weighted"}:
         assert found.total <= 3
 
 
@@ -431,7 +434,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("rows", [0, 1, 300, 9000])
 @pytest.mark.parametrize("many", [False, True])
 def test_the_divisor_of_mean(rows, weights, dtype, many, monkeypatch):
-    """The rows' weights, rounded to the dtype of the rows' numbers, added in fp64: by a kernel or, where they are many, by torch."""
+    """Of the rows' weights rounded to the dtype of their numbers, added in fp64: by a kernel or, for many, by torch."""
     if many:
         monkeypatch.setattr(_launch, "ROWS_ALONE", 0)
     target = torch.arange(rows) % 7

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .numerics import INF, exp
-from .rows import finite_max, load_weight, own_labels
+from .rows import finite_max
 
 LOG_FLOOR = tl.constexpr(-18.420680743952367)
 
@@ -110,27 +110,3 @@ def totals_kernel(
             values += more_values
     top = top.to(tl.float64)
     store_totals(top, tl.sum(weights, 0), tl.sum(values, 0), normalizer_ptr, loss_ptr, totals_ptr, dtype, LOSS)
-
-
-@triton.jit(do_not_specialize=["N", "V"])
-def divisor_kernel(
-    target_ptr,  # (N,) integers
-    weight_ptr,  # (V,) or None
-    sample_weight_ptr,  # (N,) or None
-    divisor_ptr,  # () out, fp64
-    N,
-    V,
-    ignore_index,
-    DTYPE: tl.constexpr,  # of the rows' weights
-    BLOCK: tl.constexpr,
-):
-    """One program adds the weights c of all examples, which "mean" divides by; 1 where all are 0."""
-    sums = tl.zeros([BLOCK], tl.float64)
-    counts = tl.full([BLOCK], False, tl.int1)
-    for first in tl.range(0, N, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        target, valid = own_labels(row, row < N, target_ptr, ignore_index)
-        weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, DTYPE).to(tl.float64)
-        sums += weight
-        counts |= weight != 0.0
-    tl.store(divisor_ptr, tl.where(tl.max(counts.to(tl.int32), 0) == 0, 1.0, tl.sum(sums, 0)))
