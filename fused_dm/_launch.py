@@ -292,6 +292,6 @@ def totals(programs: int) -> dict[str, int | bool]:
 
 
 def divisor(rows: int) -> dict[str, int]:
-    """Of the launch that adds the weights of so many rows, up to 8 a thread at once."""
+    """Of the launch that adds the weights of so many rows, up to 16 a thread at once."""
     block = min(8192, _power_of_2(max(128, rows)))
-    return {"BLOCK": block, "num_warps": max(4, min(32, block // 256))}
+    return {"BLOCK": block, "num_warps": max(4, min(16, block // 256))}

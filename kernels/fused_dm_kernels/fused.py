@@ -82,21 +82,18 @@ def own_rows(
     logits_ptr,
     target_ptr,
     transform_ptr,
-    weight_ptr,
-    sample_weight_ptr,
     V,
     D,
     logits_strides,
     dlogits_strides,
     ignore_index,
-    dtype,
     CAPPED: tl.constexpr,
     UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Of the program's rows: numbers, which exist, labels, which are examples and which are read; where their logits and their
-    gradient start, and how far they are shifted; z_y and c.
+    gradient start, and how far they are shifted; z_y.
     """
     image, position, exists = own_positions(tl.program_id(0), D, BLOCK_N)
     row = image * D + position
@@ -107,8 +104,7 @@ def own_rows(
     shift = row_shifts(image, position, logits_strides, UNIT, LAYOUT)
     label_offset = class_offsets(target + shift, logits_strides, UNIT, LAYOUT)
     label_logit = load_label(logits_ptr, start, label_offset, target, V, valid, transform_ptr, CAPPED)
-    weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, dtype)
-    return row, exists, target, valid, read, start, out_start, shift, label_logit, weight
+    return row, exists, target, valid, read, start, out_start, shift, label_logit
 
 
 @triton.jit(do_not_specialize=["N", "D"])
@@ -142,10 +138,11 @@ def fused_kernel(
     compute: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr).to(compute)
     divisor = tl.load(normalizer_ptr).to(compute)
-    row, exists, target, valid, read, start, out_start, shift, label_logit, weight = own_rows(
-        logits_ptr, target_ptr, transform_ptr, weight_ptr, sample_weight_ptr, V, D, logits_strides, dlogits_strides,
-        ignore_index, compute, CAPPED, UNIT, LAYOUT, BLOCK_N,
+    row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
+        logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
+        CAPPED, UNIT, LAYOUT, BLOCK_N,
     )  # fmt: skip
+    weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, compute)
     label = compared_label(target, shift, 1)
     if LAYOUT == "shifted":
         edges, edge_slope = read_edges(logits_ptr, start, shift, V, 0, columns, valid, transform_ptr, CAPPED, UNIT)
@@ -280,9 +277,9 @@ def fused_blocks_kernel(
     compute: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr).to(compute)
     divisor = tl.load(normalizer_ptr).to(compute)
-    row, exists, target, valid, read, start, out_start, shift, label_logit, weight = own_rows(
-        logits_ptr, target_ptr, transform_ptr, weight_ptr, sample_weight_ptr, V, D, logits_strides, dlogits_strides,
-        ignore_index, compute, CAPPED, UNIT, LAYOUT, BLOCK_N,
+    row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
+        logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
+        CAPPED, UNIT, LAYOUT, BLOCK_N,
     )  # fmt: skip
     label = compared_label(target, shift, LANES)
     if LAYOUT == "shifted":
@@ -313,6 +310,8 @@ def fused_blocks_kernel(
         row_max, row_sum = combined_with_edges(maxima, sums, edges, shift, target, V, LANES, UNIT)
     else:
         row_max, row_sum = combined_lanes(maxima, sums, LANES)
+    # Not before the loops, where it would take a register from what is kept.
+    weight = load_weight(row, target, valid, V, weight_ptr, sample_weight_ptr, compute)
     k = store_numbers(
         rows_ptr, partials_ptr, row, exists, weight, valid, N, label_logit, row_max, row_sum,
         params_ptr, eps, divisor, LOG_WEIGHT, LOSS,
