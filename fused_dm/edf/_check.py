@@ -185,7 +185,8 @@ def _from_kernel(emphasis: EDF, margin: Tensor, device: str, dtype: torch.dtype)
     with torch.no_grad(), warnings.catch_warnings():
         # The interpreter computes with numpy, which warns where a batch's total overflows; the rows are what is read.
         warnings.simplefilter("ignore", RuntimeWarning)
-        rows = _operators.triton_loss(logits.to(device, dtype), target, None, params, one, emphasis.family, -100)[1]
+        given = (logits.to(device, dtype), target, None, None, params, one, emphasis.family, -100)
+        rows = _operators.triton_loss(*given)[1]
     return rows[3].double().cpu(), rows[6].double().cpu()
 
 
