@@ -189,6 +189,13 @@ def test_label_that_is_no_class_in_a_kernel(label, reduction, monkeypatch):
     else:
         assert output.loss.isnan()
     assert dlogits.isnan().any(1).tolist() == [False, False, False, True, False]
+    # The sum of weights is nan with it, and an ignored row has received nothing all the same.
+    ignoring = target.clone()
+    ignoring[1] = -100
+    output, dlogits = run("triton", logits, ignoring, DM)
+    assert output.example_weight.isnan().tolist() == [True, False, True, True, True]
+    assert output.example_weight[1] == 0
+    assert (dlogits[1] == 0).all()
     # Such a label has no class whose weight might be 0.
     for emphasis in (DM, lambda log_p, log_q: log_q):
         output, dlogits = run("triton", logits, target, emphasis, reduction=reduction, weight=torch.zeros(6))
