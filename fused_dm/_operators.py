@@ -25,22 +25,17 @@ def _gradient_like(logits: Tensor) -> Tensor:
     """An empty tensor for the gradient of logits (N, V) or (images, V, D), as the kernels write it.
 
     It is what `torch.empty_like` makes, but for room of less than 16 bytes between rows, and between images, where the logits
-    have room there: then rows begin alike in both, and are written 16 bytes at a time.
+    have room there: then rows begin alike in both, and are written 16 bytes at a time. No decision depends on a number of rows,
+    which compiled code may not know.
     """
-    if logits.stride(1) != 1 or not _launch.shifted(logits.shape[1]):
+    positions_first = logits.dim() == 3 and logits.stride(0) < logits.stride(2)
+    if logits.stride(1) != 1 or positions_first or not _launch.shifted(logits.shape[1]):
         return torch.empty_like(logits)
     unit = 16 // logits.dtype.itemsize
-    strides = [1] * logits.dim()
-    own = extent = logits.shape[1]
+    strides, room = [1] * logits.dim(), logits.shape[1]
     for dim in (2, 0) if logits.dim() == 3 else (0,):
-        size, stride = logits.shape[dim], logits.stride(dim)
-        if size > 1:
-            if stride < extent:
-                return torch.empty_like(logits)
-            own += (stride - own) % unit
-            extent = stride
-        strides[dim] = own
-        own, extent = own * size, extent * size
+        strides[dim] = room + (logits.stride(dim) - room) % unit
+        room = strides[dim] * logits.shape[dim]
     return logits.new_empty_strided(logits.shape, strides)
 
 

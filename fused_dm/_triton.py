@@ -315,6 +315,18 @@ def forget_plans() -> None:
 # ---- Launches
 
 
+def _read(tensor: Tensor) -> Tensor:
+    """What its memory holds is what it is: it is no view that torch negates when it reads."""
+    return tensor.resolve_neg()
+
+
+def _weights(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Weights as the kernels load them: of 8 bits not every GPU can."""
+    if tensor is None:
+        return None
+    return _read(tensor.to(dtype) if tensor.dtype.itemsize == 1 else tensor).contiguous()
+
+
 def _parts(split: _Split | None, logits: Tensor, target: Tensor, transform: Tensor | None) -> Tensor | None:
     """The rows' statistics in parts, by one launch; None where they are not found so."""
     if split is None:
@@ -330,6 +342,7 @@ def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor 
     statistics = logits.new_empty((3, rows), dtype=dtype)
     margins = logits.new_empty(rows, dtype=dtype)
     if rows:
+        logits = _read(logits)
         plan, target = _margin_plan(_of(logits, transform), ignore_index), target.contiguous()
         with _device(logits):
             plan.kernel(
@@ -359,6 +372,7 @@ def loss_and_rows(
 
     The logits are (N, V) or (images, V, D). One launch or two, and where few rows have many classes one more for `out`.
     """
+    logits = logits if out is logits else _read(logits)
     plan = _batch_plan(_of(logits, transform, out), _forms(family), ignore_index)
     dtype, target = compute_dtype(logits.dtype), target.contiguous()
     rows = logits.new_empty((7, target.shape[0]), dtype=dtype)
@@ -368,11 +382,12 @@ def loss_and_rows(
         "logits_ptr": logits,
         "target_ptr": target,
         "transform_ptr": transform,
-        "weight_ptr": None if weight is None else weight.contiguous(),
-        "sample_weight_ptr": None if sample_weight is None else sample_weight.contiguous(),
+        "weight_ptr": _weights(weight, dtype),
+        "sample_weight_ptr": _weights(sample_weight, dtype),
         "params_ptr": params,
         "rows_ptr": rows,
     }
+    normalizer = None if normalizer is None else _read(normalizer)
     result = {"normalizer_ptr": normalizer, "loss_ptr": loss, "totals_ptr": totals}
     with _device(logits):
         if plan.totals is None:
@@ -430,7 +445,8 @@ def gradient(
     """
     if logits.numel():
         with _device(logits):
-            given = (logits, target.contiguous(), rows, totals, dloss.contiguous())
+            logits = logits if out is logits else _read(logits)
+            given = (logits, target.contiguous(), rows, totals, _read(dloss).contiguous())
             _gradient(*given, ignore_index, out, transform, skip_one)
 
 
@@ -438,7 +454,7 @@ def multiply_(dlogits: Tensor, dloss: Tensor) -> None:
     """Multiply dlogits by dloss (), in place: one launch, whose programs return at once where dloss is 1."""
     if dlogits.numel():
         with _device(dlogits):
-            _multiply_plan(_of(dlogits, None))(dlogits_ptr=dlogits, dloss_ptr=dloss)
+            _multiply_plan(_of(dlogits, None))(dlogits_ptr=dlogits, dloss_ptr=_read(dloss))
 
 
 def divisor(
@@ -458,8 +474,8 @@ def divisor(
     with _device(target):
         plan(
             target_ptr=target.contiguous(),
-            weight_ptr=None if weight is None else weight.contiguous(),
-            sample_weight_ptr=None if sample_weight is None else sample_weight.contiguous(),
+            weight_ptr=_weights(weight, dtype),
+            sample_weight_ptr=_weights(sample_weight, dtype),
             divisor_ptr=found,
         )
     return found

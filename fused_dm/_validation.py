@@ -286,6 +286,8 @@ def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
             "inplace=True: expected logits that were computed, got a view of a leaf tensor, whose data would be lost"
         )
     if impl == "triton":
+        if not torch.compiler.is_compiling() and logits.is_neg():
+            raise ValueError("inplace=True: expected logits as they are in memory, got a view that torch negates, see is_neg()")
         _check_overwritable_in_place(logits)
         return
     rows = logits if logits.dim() < 3 else logits.movedim(1, -1)

@@ -184,6 +184,11 @@ EVERYWHERE = ("cpu", "triton")
             r"spatial dimensions that are one in memory.*got strides \(60, 12, 4, 1\) for shape \(2, 5, 3, 3\)",
             ["triton"],
         ),
+        (
+            lambda: torch._neg_view(torch.zeros(4, 5, requires_grad=True).mul(1)),
+            r"logits as they are in memory, got a view that torch negates",
+            ["triton"],
+        ),
     ],
 )
 def test_logits_that_cannot_be_overwritten(make_logits, message, impls):

@@ -237,3 +237,41 @@ def test_cross_entropy_is_torchs(impl):
         output, dlogits = run(impl, logits, target, edf.CCE(), reduction="mean", **options)
         torch.testing.assert_close(output.loss.cpu(), theirs, rtol=1e-13, atol=0)
         torch.testing.assert_close(dlogits.cpu(), leaf.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e8m0fnu], ids=str
+)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+def test_weights_of_8_bits(impl, dtype, reduction):
+    """They become weights of the dtype of the rows' numbers before a kernel sees them: not every GPU can load them."""
+    logits, target = make(9, 20, ignored=0.2)
+    weights = {"weight": torch.linspace(0.5, 2, 20).to(dtype), "sample_weight": torch.linspace(0.25, 3, 9).to(dtype)}
+    truth = expected(logits, target, DM, reduction=reduction, **{name: value.double() for name, value in weights.items()})
+    check(*run(impl, logits, target, DM, reduction=reduction, **weights), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("emphasis", [DM, lambda log_p, log_q: log_q], ids=["dm", "custom"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "mean"}, {"reduction": "sum", "normalizer": torch.tensor(-3.0).double()}, {"reduction": "none"}],
+    ids=["sum_weight", "mean", "normalizer", "none"],
+)
+def test_what_torch_negates_when_it_reads(impl, emphasis, options):
+    """Such views, of which imaginary parts of conjugates are some, hold the negative of their values."""
+    logits, target = make(9, 20, torch.float64, ignored=0.2)
+    device = device_of(impl)
+    weights = {"weight": torch.linspace(-2, 2, 20), "sample_weight": torch.linspace(-0.25, -3, 9)}
+    given = {"logits": logits, "dloss": torch.linspace(-2, 3, 9).double(), **weights, **options}
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    negated = {name: torch._neg_view(-value) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    found = []
+    for values in (given, negated):
+        leaf, dloss = values.pop("logits").requires_grad_(), values.pop("dloss")
+        output = dm_loss(leaf, target.to(device), emphasis, impl=impl, return_output=True, **values)
+        dloss = dloss if output.loss.dim() else dloss[1]
+        found.append((*output, *torch.autograd.grad(output.loss, leaf, dloss)))
+    for got, exact in zip(*found, strict=True):
+        assert torch.equal(got.nan_to_num(), exact.nan_to_num())

@@ -123,6 +123,38 @@ def test_export_of_a_number_of_rows_that_depends_on_data(impl):
     torch.testing.assert_close(program.module()(logits, target), Loss()(logits, target))
 
 
+PARTS = {
+    "rows": lambda logits, keep: logits[keep],
+    "rows of a wider buffer": lambda logits, keep: logits[: keep.sum().item(), :-1],
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_gradient_of_a_number_of_rows_that_depends_on_data(impl, reduction, part):
+    """Of more classes than those whose rows are read one element at a time."""
+    logits = make(40, 45).logits.to(device_of(impl))
+
+    def step(logits, keep):
+        rows = PARTS[part](logits, keep)
+        labels = (rows.detach().sum(1) > 0).long()
+        return dm_loss(rows, labels, DM, impl=impl, reduction=reduction)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for seed in (1, 2):
+            keep = torch.rand(40, generator=torch.Generator().manual_seed(seed)).to(logits.device) < 0.5
+            keep[0] = True
+            gradients = []
+            for run_step in (step, compiled):
+                leaf = logits.detach().requires_grad_()
+                run_step(leaf, keep).backward()
+                gradients.append(leaf.grad)
+            torch.testing.assert_close(*gradients)
+
+
 def test_the_reference_is_not_exported():
     class Loss(torch.nn.Module):
         def forward(self, logits, target):
