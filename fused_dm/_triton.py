@@ -317,7 +317,7 @@ def forget_plans() -> None:
 
 def _read(tensor: Tensor) -> Tensor:
     """What its memory holds is what it is: it is no view that torch negates when it reads."""
-    return tensor.resolve_neg()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def _weights(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -130,7 +130,7 @@ FAULTS = [
     Fault("received: a class alone is not correct", f"{KERNELS}/examples.py", "((lead >= 0.0) | (margin == INF))", "(lead >= 0.0)"),
     Fault("received: nan is correct", f"{KERNELS}/examples.py", "valid & (margin == margin) & (", "valid & ("),
     Fault("received: an ignored row is correct", f"{KERNELS}/examples.py", "correct = valid & (margin == margin)", "correct = (margin == margin)"),
-    Fault("weights: read without the sign of a view", "fused_dm/_triton.py", "return tensor.resolve_neg()", "return tensor"),
+    Fault("weights: read without the sign of a view", "fused_dm/_triton.py", "return tensor.resolve_neg() if tensor.is_neg() else tensor", "return tensor"),
     Fault("weights: 8 bits as they are", "fused_dm/_triton.py", "tensor.to(dtype) if tensor.dtype.itemsize == 1 else tensor", "tensor"),
     Fault("in place: logits that torch negates", "fused_dm/_validation.py", "if not torch.compiler.is_compiling() and logits.is_neg():", "if False:"),
     Fault("gradient begins as a row without room does", "fused_dm/_operators.py", "strides[dim] = room + (logits.stride(dim) - room) % unit", "strides[dim] = room + 0 * unit"),
