@@ -114,7 +114,7 @@ def margin_gradient_(
     if impl == "triton":
         _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, logits, transform=transform)
     else:
-        _cpu.margin_gradient(logits, target, dmargin, ignore_index, logits, transform=transform)
+        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
 
 
 def _margin_setup(ctx, inputs, output) -> None:
@@ -266,7 +266,7 @@ def cpu_direction_(
     logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Margins, leads and norms (N,); the logits are overwritten by the gradient for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, logits, transform=transform)[:3]
+    return _cpu.undivided_direction(logits, target, ignore_index, out=logits, transform=transform)[:3]
 
 
 @cpu_direction_.register_fake
