@@ -12,6 +12,7 @@ the maximum of a number and nan as nan, where a GPU gives the number unless it i
 import contextlib
 import inspect
 
+import lean
 import numpy as np
 import torch
 
@@ -110,6 +111,7 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    lean.install()
     kind = type(interpreter.interpreter_builder)
     load, store, cast = kind.create_masked_load, kind.create_masked_store, kind.cast_impl
     convert, launch = interpreter._implicit_cvt, interpreter.GridExecutor.__call__
@@ -152,16 +154,6 @@ def install() -> None:
     def min_max(self, input, val_reduce_op, idx_reduce_op=None):
         return reductions(self, input, silent.get(val_reduce_op, val_reduce_op), idx_reduce_op)
 
-    # At every call of a function on the device Triton looks for what to replace in its packages, where it has done so before.
-    replace, names = interpreter._patch_builtin, {}
-
-    def replace_once(package, *rest):
-        if package not in names:
-            names[package] = [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-        if any(tl.core.is_builtin(getattr(package, name)) for name in names[package][:1]):
-            replace(package, *rest)
-
-    interpreter._patch_builtin = replace_once
     kind.create_masked_load, kind.create_masked_store = checked_load, checked_store
     kind.cast_impl = kind.create_fp_trunc = kind.create_fp_ext = rounded_cast
     kind.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
