@@ -290,18 +290,27 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-# torch's own inductor uses torch.jit.script_method, and its tracer looks at the .grad of whatever it is given.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+# torch's tracer looks at the .grad of whatever it is given.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", REDUCTIONS, ids=str)
-@pytest.mark.parametrize(
-    ("backend", "emphasis"),
-    [("inductor", DM), *(("aot_eager", emphasis) for emphasis in EMPHASES)],
-    ids=["inductor-dm", "dm", "cce", "custom"],
-)
-def test_compiled(impl, options, backend, emphasis):
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=["dm", "cce", "custom"])
+def test_compiled(impl, options, emphasis):
+    compiled_overwrites(impl, options, "aot_eager", emphasis)
+
+
+# torch's own inductor uses torch.jit.script_method.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean"}], ids=str)
+def test_compiled_with_inductor(impl, options):
+    compiled_overwrites(impl, options, "inductor", DM)
+
+
+def compiled_overwrites(impl, options, backend, emphasis):
     logits, target = make(9, 30, ignored=0.2)
     target_there = target.to(device_of(impl))
 

@@ -48,10 +48,21 @@ def plain_gradient(impl, logits, target, emphasis, options):
 
 @each
 @pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.parametrize(("compiled", "reentrant"), [(False, False), (False, True), (True, False)])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_activation_checkpointing(impl, options, emphasis, inplace, compiled, reentrant):
+    checkpoints(impl, options, emphasis, inplace, compiled, reentrant)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean"}], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_reentrant_checkpointing_of_compiled_code(impl, options, inplace):
+    checkpoints(impl, options, DM, inplace, compiled=True, reentrant=True)
+
+
+def checkpoints(impl, options, emphasis, inplace, compiled, reentrant):
     logits, target = make(6, 9)
     leaf, where = leaf_of(logits, impl), target.to(device_of(impl))
 
