@@ -129,9 +129,9 @@ def _operations(tl, interpreter):
 
     def own(value):
         """The same, with a handle that is no other operand's."""
-        return (
-            tensor(interpreter.TensorHandle(value.handle.data, value.handle.dtype), value.type) if is_tensor(value) else value
-        )
+        if not is_tensor(value):
+            return value
+        return tensor(interpreter.TensorHandle(value.handle.data, value.handle.dtype), value.type)
 
     def is_tensor(value):
         return type(value) is tensor
