@@ -6,7 +6,8 @@ of a strided tensor excluded. The origin of an address is known because the poin
 the 16 bits that user-space addresses leave free.
 
 The interpreter cuts fp32 off when it casts to bf16, where every GPU rounds to nearest even, misreads subnormal bf16, and gives
-the maximum of a number and nan as nan, where a GPU gives the number unless it is asked; that is mended too.
+the maximum of a number and nan as nan, where a GPU gives the number unless it is asked; that is mended too. lean.py makes it
+faster, and integers that overflow an error; tests/test_interpreter.py tests both files.
 """
 
 import contextlib

@@ -51,7 +51,7 @@ class Notes:
 
         def noted(*arguments):
             self.calls.append((method, [self.operand(argument) for argument in arguments]))
-            result = method(*arguments)
+            result = method(*arguments)  # None for a store, and then so is every None after it
             self.numbers[id(result)] = len(self.handles)
             self.handles.append(result)
             return result
