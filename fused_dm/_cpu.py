@@ -254,6 +254,11 @@ def is_positive(number: Tensor) -> bool:
     return float(number) > 0
 
 
+def is_between(number: Tensor, least: float, most: float) -> bool:
+    """Whether its magnitude is."""
+    return least <= abs(float(number)) <= most
+
+
 def is_below(number: Tensor, limit: float) -> bool:
     """Whether it is finite and less."""
     return -math.inf < float(number) < limit

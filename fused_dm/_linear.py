@@ -52,8 +52,7 @@ def _may_overflow(emphasis: edf.EDF, dtype: torch.dtype, device: torch.device) -
     if dtype == torch.float16:
         return True
     # A graph outlives the parameters' present values.
-    captured = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or captured:
+    if torch.compiler.is_compiling() or _validation.is_captured(device):
         return not emphasis.has_loss
     return not _log_peak(emphasis) <= LOG_PEAK
 
@@ -124,8 +123,8 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
         )
         margin, lead, reference_log, *gradients = results
         found = of_margins(problem, margin)
-        factor = torch.exp(reference_log - found.totals.log_scale) / found.totals.divisor.to(margin.dtype)
-        loss = _linear_operators.attach_linear_gradients(*given, found.loss, *gradients, factor)
+        factor = torch.exp((reference_log - found.totals.log_scale).double()) / found.totals.divisor
+        loss = _linear_operators.attach_linear_gradients(*given, found.loss, *gradients, factor.to(margin.dtype))
     else:
         sparse = call.skip_tolerance > 0 or call.drop_ignored
         margin, statistics = _linear_operators.linear_margin(
@@ -141,7 +140,7 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
         )
         lead = statistics[2]
         found = of_margins(problem, margin)
-        loss, coefficient = found.loss, coefficients_of(found)
+        loss, coefficient = found.loss, coefficients_of(found, margin.dtype)
         if call.skip_tolerance > 0:
             coefficient, skipped = _skip(coefficient, target != ignore_index, call.skip_tolerance)
         if any(wanted):
@@ -179,7 +178,7 @@ def _compute(
         _validation.check_scalar_device(name, value, "input", input)
     impl = _validation.choose_impl(impl, input)
     _validation.check_transforms(input, impl)
-    if drop_ignored and input.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if drop_ignored and _validation.is_captured(input.device):
         raise RuntimeError("drop_ignored=True: expected a call outside CUDA graph capture, as it waits for the GPU")
     labels = target.reshape(-1).long()
     if _validation.validates_labels():

@@ -19,6 +19,7 @@ from ._rows import (
     example_weights,
     largest_log_weight,
     mean_divisor,
+    rounded_in_range,
     row_terms,
     row_values,
     row_weight,
@@ -31,6 +32,8 @@ IN_FORWARD = (torch.float32, torch.bfloat16)
 
 # exp of it, and of it less, is finite in fp32.
 FINITE_EXP = 80.0
+# Divided by such a number, a weight that is below the range of fp32 is still below it, and one in the range is finite.
+PLAIN_DIVISOR = (1.0, 1e30)
 
 
 class Emphasis(NamedTuple):
@@ -152,7 +155,7 @@ class OfMargins(NamedTuple):
     loss: Tensor  # () or (N,)
     totals: Totals
     weights_of_parts: list[Weights]  # unless they were not to be kept
-    undivided: list[Tensor]  # the coefficients, times the divisor and relative to a weight of the part's own
+    undivided: list[Tensor]  # the coefficients, times the divisor and relative to a weight of the part's own; fp64 out of range
     factors: list[Tensor] | None  # by part what to multiply them by; None where the divisor alone is missing
 
 
@@ -161,10 +164,13 @@ def weights_of(found: OfMargins) -> Weights:
 
 
 @torch.no_grad()
-def coefficients_of(found: OfMargins) -> Tensor:
-    """k of each row, (N,): the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
+def coefficients_of(found: OfMargins, dtype: torch.dtype) -> Tensor:
+    """k of each row, (N,) in `dtype`: the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
     if found.factors is None:
-        return _joined(found.undivided) / found.totals.divisor.to(found.undivided[0].dtype)
+        undivided, divisor = _joined(found.undivided), found.totals.divisor
+        if undivided.dtype == dtype:
+            return undivided / divisor.to(dtype)
+        return (undivided / rounded_in_range(divisor, dtype)).to(dtype)
     sizes = [len(part) for part in found.undivided]
     coefficient = found.undivided[0].new_empty(sum(sizes))
     for part, factor, out in zip(found.undivided, found.factors, coefficient.split(sizes), strict=True):
@@ -194,13 +200,14 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
     eager = _eager_on_a_cpu(problem, margin)
     by_row = problem.reduction == "none"
     eps_or_none = eps if not eager or _cpu.is_positive(eps) else None
+    plain = normalizer is None or (eager and _cpu.is_between(normalizer, *PLAIN_DIVISOR))
 
     room = torch.empty_like(margin)
 
     def of_ordinary(margins: Tensor, coefficient: Tensor) -> _Part | None:
         """Where no row is ignored or has a weight and all numbers are finite, which on a CPU spares half of the passes."""
         # The margin of an ignored row is nan.
-        if not eager or by_row or weight is not None or not len(margins) or not _cpu.are_moderate(margins):
+        if not (eager and plain) or by_row or weight is not None or not len(margins) or not _cpu.are_moderate(margins):
             return None
         log_p, log_q = _cpu.logarithms(margins)
         log_w = log_weight(log_p, log_q)
@@ -223,12 +230,18 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
         top = largest_log_weight(terms.log_weight)
         relative = torch.exp(terms.log_weight - top)
         weights = (terms.sign * relative).sum(dtype=torch.float64)
+        wide = normalizer is not None and not (plain and _cpu.is_below(top, FINITE_EXP))
         if normalizer is not None:
             relative = torch.exp(terms.log_weight)
-        values = row_values(terms, relative, loss is not None)
-        values = values if by_row else values.sum(dtype=torch.float64)
+        if wide:
+            in_range = terms.log_weight.abs() < FINITE_EXP
+            relative = torch.where(in_range, relative.double(), torch.exp(terms.log_weight.double()))
+        values, coefficient = row_values(terms, relative, loss is not None), coefficients(terms, relative)
+        if wide:
+            values, coefficient = rounded_in_range(values, margin.dtype), rounded_in_range(coefficient, margin.dtype)
+        values = values.to(margin.dtype) if by_row else values.sum(dtype=torch.float64)
         kept = Weights(terms.log_weight, terms.sign) if keep_weights else None
-        return _Part(kept, top, weights, values, coefficients(terms, relative))
+        return _Part(kept, top, weights, values, coefficient)
 
     parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
     undivided, values = [part.coefficients for part in parts], [part.values for part in parts]
@@ -271,7 +284,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
     found = of_margins(problem, margin, keep_weights=problem.return_output)
-    loss, coefficient = found.loss, coefficients_of(found)
+    loss, coefficient = found.loss, coefficients_of(found, margin.dtype)
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient, norm)
     elif problem.inplace:

@@ -33,6 +33,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def rounded_in_range(number: Tensor, dtype: torch.dtype) -> Tensor:
+    """`number` in fp64, rounded to `dtype` wherever that has its digits."""
+    rounded, size = number.to(dtype), number.abs()
+    held = (size >= torch.finfo(dtype).tiny) & (size <= torch.finfo(dtype).max)
+    return torch.where(held, rounded.double(), number.double())
+
+
 def part_statistics(part: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and sum of exp(z - max), (N,) each, over the classes of a part (N, V'); -inf and 0 without a finite logit."""
     row_max = part.amax(1)
@@ -148,5 +155,6 @@ def coefficients(terms: RowTerms, relative: Tensor) -> Tensor:
 
 def example_weights(log_weight: Tensor, sign: Tensor, totals: Totals) -> Tensor:
     """c w / D of each row, (N,): the L1 norm of its gradient at eps = 0; 0 for ignored rows."""
-    scaled = sign * torch.exp(log_weight - totals.log_scale.to(sign.dtype)) / totals.divisor.to(sign.dtype)
-    return torch.where(sign == 0, 0.0, scaled)
+    # In fp64, where no weight leaves the range before it is divided.
+    scaled = torch.exp((log_weight - totals.log_scale.to(sign.dtype)).double()) / totals.divisor
+    return torch.where(sign == 0, 0.0, sign * scaled).to(sign.dtype)

@@ -243,6 +243,11 @@ def check_scalar_device(name: str, value: float | Tensor | None, given: str, ten
         raise ValueError(f"{name}: expected device {tensor.device}, that of {given}, got {value.device}")
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what this thread launches on the device."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether torch.vmap runs and the tensor is one of its batches; whether that requires grad is not told."""
     return torch._C._functorch.is_batchedtensor(tensor)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from batches import DTYPES, EMPHASES, IMPLEMENTATIONS, SHAPES, device_of, make, run
-from tolerance import check, expected
+from tolerance import check, compare, expected
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from fused_dm import dm_loss, edf
 
@@ -40,6 +41,53 @@ def test_emphases(impl, emphasis, reduction):
 def test_normalizer(impl, normalizer, dtype, dloss):
     batch = make(9, 300, dtype, ignored=0.2)
     verify(impl, batch, DM, torch.tensor(dloss), reduction="sum", normalizer=normalizer)
+
+
+def far_below_the_range(log_p, log_q):
+    """A weight of the user's, which fp32 does not hold for most p."""
+    return 60 * (log_p + log_q)
+
+
+# Example weights, EDF and divisor of which one or two leave the range of fp32, or nearly; what is made of them does not.
+FAR = {
+    "mean of tiny weights": (1e-30, {"reduction": "mean"}, (DM, edf.GCE(q=0.7), edf.Beta(alpha=12, eta=12))),
+    "mean of tiny negative weights": (-1e-30, {"reduction": "mean"}, (DM, edf.GCE(q=0.7), edf.Beta(alpha=12, eta=12))),
+    "tiny w(p)": (1.0, {"reduction": "sum", "normalizer": 1e-36}, (edf.Beta(alpha=61, eta=61), far_below_the_range)),
+    "huge w(p)": (1.0, {"reduction": "sum", "normalizer": 1e43}, (edf.DM(beta=400, lambd=1),)),
+    "huge w(p), divisor in range": (1.0, {"reduction": "sum", "normalizer": 1e29}, (edf.DM(beta=380, lambd=1),)),
+    "divisor below the range": (1e-37, {"reduction": "sum", "normalizer": 1e-40}, (DM, edf.CCE())),
+    "divisor above the range": (1e35, {"reduction": "sum", "normalizer": 1e39}, (DM, edf.CCE())),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FAR)
+def test_weights_and_divisors_far_from_1(impl, dtype, case):
+    by, options, emphases = FAR[case]
+    batch = make(65, 40, dtype, seed=3, ignored=0.2)
+    sample_weight = by * torch.linspace(0.5, 2, 65)
+    for emphasis in emphases:
+        for dloss in (torch.tensor(1e-9), torch.tensor(1.0)):
+            # The gradient for 1 may be more than fp16 holds.
+            if dtype == torch.float16 and dloss == 1 and case == "huge w(p), divisor in range":
+                continue
+            verify(impl, batch, emphasis, dloss, sample_weight=sample_weight, **options)
+            with BaseTorchDispatchMode():
+                # As traced code computes, which cannot look at a number.
+                output, dlogits = run(impl, *batch, emphasis, dloss, sample_weight=sample_weight, **options)
+            check(output, dlogits, expected(*batch, emphasis, dloss, sample_weight=sample_weight, **options))
+            if by == 1:
+                verify(impl, batch, emphasis, dloss, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dloss_that_brings_the_gradient_into_range(dtype):
+    """The kernels multiply by it before they divide: weights of exp(-94) to exp(-100) times 1e38."""
+    batch, dloss = make(65, 40, dtype, seed=3, margins=0.5, ignored=0.2), torch.tensor(1e38)
+    truth = expected(*batch, edf.DM(beta=-400, lambd=1), dloss, reduction="sum", normalizer=1.0)
+    _, dlogits = run("triton", *batch, edf.DM(beta=-400, lambd=1), dloss, reduction="sum", normalizer=1.0)
+    compare("dlogits", dlogits, truth.dlogits, truth.allowed["dlogits"])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numerics import INF, exp, sigmoids
+from .numerics import INF, over_divisor, sigmoids
 from .rows import load_weight, own_labels, stored_margin
 
 
@@ -52,8 +52,8 @@ def received_kernel(
     lead = tl.load(rows_ptr + row + 2 * size, mask=exists, other=0.0)
     log_weight = tl.load(rows_ptr + row + 3 * size, mask=exists, other=-INF)
     sign = tl.load(rows_ptr + row + 5 * size, mask=exists, other=0.0)
-    log_scale, divisor = tl.load(totals_ptr).to(sign.dtype), tl.load(totals_ptr + 1).to(sign.dtype)
-    weight = tl.where(sign == 0.0, 0.0, sign * exp(log_weight - log_scale) / divisor)
+    log_scale, divisor = tl.load(totals_ptr).to(sign.dtype), tl.load(totals_ptr + 1)
+    weight = tl.where(sign == 0.0, 0.0, over_divisor(sign, log_weight - log_scale, divisor))
     prob, _, _ = sigmoids(-margin)
     correct = valid & (margin == margin) & ((lead >= 0.0) | (margin == INF))
     tl.store(example_weight_ptr + row, weight, mask=exists)

@@ -137,7 +137,7 @@ def fused_kernel(
     V, D, columns = in_elements(V, D, UNIT, LAYOUT)
     compute: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr).to(compute)
-    divisor = tl.load(normalizer_ptr).to(compute)
+    divisor = tl.load(normalizer_ptr)
     row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
         logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
         CAPPED, UNIT, LAYOUT, BLOCK_N,
@@ -276,7 +276,7 @@ def fused_blocks_kernel(
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     compute: tl.constexpr = rows_ptr.dtype.element_ty
     eps = tl.load(params_ptr).to(compute)
-    divisor = tl.load(normalizer_ptr).to(compute)
+    divisor = tl.load(normalizer_ptr)
     row, exists, target, valid, read, start, out_start, shift, label_logit = own_rows(
         logits_ptr, target_ptr, transform_ptr, V, D, logits_strides, dlogits_strides, ignore_index,
         CAPPED, UNIT, LAYOUT, BLOCK_N,

@@ -87,7 +87,7 @@ def gradient_kernel(
         units_ptr = rows_ptr + 4 * N.to(tl.int64)
         unit = tl.load(units_ptr + row, mask=exists, other=0.0)
         log_scale = tl.load(totals_ptr).to(row_sum.dtype)
-        divisor = tl.load(totals_ptr + 1).to(row_sum.dtype)
+        divisor = tl.load(totals_ptr + 1)
         k = coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor)
         # Their bits: the compiler follows what is the same for all rows of 16 bytes through comparisons of integers only.
         bits: tl.constexpr = tl.pointer_type(tl.int64 if unit.dtype == tl.float64 else tl.int32)

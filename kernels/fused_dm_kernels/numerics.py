@@ -15,6 +15,40 @@ def exp(x):
 
 
 @triton.jit
+def mantissa_and_exponent(x):
+    """x = mantissa 2^exponent for an fp64 x, with 1 <= |mantissa| < 2; 0, inf and nan are their own mantissa."""
+    bits = x.to(tl.int64, bitcast=True)
+    field = (bits >> 52) & 0x7FF
+    ordinary = (field != 0) & (field != 0x7FF)
+    mantissa = ((bits & ~(0x7FF << 52)) | (1023 << 52)).to(tl.float64, bitcast=True)
+    return tl.where(ordinary, mantissa, x), tl.where(ordinary, field - 1023, 0).to(tl.int32)
+
+
+@triton.jit
+def power_of_2(exponent):
+    """2^exponent in fp32 for int32 exponents, made of its bits; out of their range the least or the largest normal one."""
+    return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def over_divisor(factor, log_weight, divisor):
+    """factor exp(log_weight) / divisor for an fp64 divisor, in the dtype of factor.
+
+    In fp32 it has its digits even where exp(log_weight) or the divisor is out of range: their powers of 2 meet first.
+    """
+    if factor.dtype == tl.float64:
+        return factor * exp(log_weight) / divisor
+    else:
+        mantissa, exponent = mantissa_and_exponent(divisor)
+        power = log_weight * LOG2E
+        whole = tl.minimum(tl.maximum(tl.floor(power + 0.5), -1e4), 1e4)
+        rest = whole.to(tl.int32) - exponent
+        # 2^rest alone may be out of range, where factor is at the other end of it.
+        half = rest >> 1
+        return factor * tl.exp2(power - whole) / mantissa.to(tl.float32) * power_of_2(half) * power_of_2(rest - half)
+
+
+@triton.jit
 def log1p_unit(u):
     """log(1 + u) for 0 <= u <= 1, from 2 artanh(u / (2 + u))."""
     s = u / (2.0 + u)

@@ -15,7 +15,7 @@ The derivations are in kernels/README.md.
 import triton
 import triton.language as tl
 
-from .numerics import INF, exp, sigmoids, tanh_and_slope
+from .numerics import INF, exp, over_divisor, sigmoids, tanh_and_slope
 
 
 @triton.jit
@@ -514,11 +514,15 @@ def store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS: tl.
 
 @triton.jit
 def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
-    """k = dloss unit exp(log |c w| - log_scale) / divisor; 0 where no other class has any probability.
+    """k = dloss unit exp(log |c w| - log_scale) / divisor, which is fp64; 0 where no other class has any probability.
 
     A row that does not count (unit 0) has 0 whatever dloss is.
     """
-    k = dloss * unit * exp(log_weight - log_scale) / divisor
+    # The number 0 says so while it is compiled; what is loaded is 0 for a known divisor, and otherwise the largest log |c w|.
+    if log_scale == 0.0:
+        k = over_divisor(dloss * unit, log_weight, divisor)
+    else:
+        k = dloss * unit * exp(log_weight - log_scale) / divisor.to(unit.dtype)
     return tl.where((row_sum == 0.0) | (unit == 0.0), 0.0, k)
 
 
