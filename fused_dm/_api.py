@@ -29,7 +29,10 @@ class DMOutput(NamedTuple):
     correct: Tensor
 
 
+# The settings of numbers used last, on their devices; and all those that a CUDA graph has recorded, which it reads again.
+SETTINGS = 256
 _PARAMS: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+_CAPTURED: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
 def _traced(values: tuple[float, ...], device: torch.device) -> Tensor:
@@ -45,14 +48,20 @@ def _params(values: tuple[float, ...], device: torch.device) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _traced(values, device)
-    if (values, device) in _PARAMS:
-        return _PARAMS[values, device]
-    with torch.inference_mode(False):
-        params = torch.tensor(values, dtype=torch.float64, device=device)
-    if type(params) is Tensor and not torch._is_functional_tensor(params):
-        if len(_PARAMS) >= 256:
-            _PARAMS.clear()
-        _PARAMS[values, device] = params
+    params = _PARAMS.pop((values, device), None)
+    if params is None:
+        with torch.inference_mode(False):
+            params = torch.tensor(values, dtype=torch.float64, device=device)
+        if type(params) is not Tensor or torch._is_functional_tensor(params):
+            return params
+        if len(_PARAMS) >= SETTINGS:
+            # All at once, as another thread may change them meanwhile.
+            oldest, *_ = _PARAMS
+            _PARAMS.pop(oldest, None)
+    # At the end, where the last used are.
+    _PARAMS[values, device] = params
+    if _validation.is_captured(device):
+        _CAPTURED[values, device] = params
     return params
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from batches import DTYPES, GPU, SHAPES, device_of, make, run
 from launches import KINDS, WAYS, counted_launches, forced
 from tolerance import check, expected, share_of_bound
 
-from fused_dm import _launch, _rows, _triton, dm_loss, edf, margin
+from fused_dm import _api, _launch, _rows, _triton, _validation, dm_loss, edf, margin
 from fused_dm._launch import H100, MI300X, Device, Sizes
 
 DM = edf.DM(beta=8, lambd=0.5)
@@ -484,6 +485,55 @@ def test_every_way_in_a_cuda_graph(way, reduction):
             static.copy_(other)
         graph.replay()
         assert torch.equal(static.grad, run("triton", other, target, DM, reduction=reduction)[1])
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_keeps_what_it_reads():
+    """The EDF's parameters and the softcap, however many others were used since."""
+    logits, target = (tensor.cuda() for tensor in make(64, 1000))
+    leaf, emphasis = logits.clone().requires_grad_(), edf.DM(beta=7.375, lambd=0.5)
+
+    def step():
+        leaf.grad = None
+        dm_loss(leaf, target, emphasis, softcap=29.5).backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    before = leaf.grad.clone()
+    others = [_api._params((float(number),), logits.device) for number in range(2 * _api.SETTINGS)]
+    del others
+    leaf.grad.zero_()
+    graph.replay()
+    assert torch.equal(leaf.grad, before)
+
+
+def test_settings_that_are_kept(monkeypatch):
+    """The last ones, and what a graph has recorded."""
+    cpu = torch.device("cpu")
+
+    def use_others():
+        for number in range(_api.SETTINGS):
+            _api._params((number + 0.625,), cpu)
+
+    passing = weakref.ref(_api._params((0.3125,), cpu))
+    monkeypatch.setattr(_validation, "is_captured", lambda device: True)
+    recorded = weakref.ref(_api._params((0.4375,), cpu))
+    monkeypatch.undo()
+    use_others()
+    assert passing() is None
+    assert recorded() is not None
+    used = _api._params((0.625,), cpu)
+    _api._params((0.1875,), cpu)
+    # One more than there is room for: it took the place of what had not been used for longest.
+    assert _api._params((0.625,), cpu) is used
+    assert len(_api._PARAMS) == _api.SETTINGS
 
 
 @interpreted
