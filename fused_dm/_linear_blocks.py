@@ -154,11 +154,13 @@ class _Products:
                 given = torch.where((coefficient == 0)[:, None], 0, given.to(self.dtype) * coefficient[:, None])
             self._add_to_weight(dlogits, given, first)
         if self.wanted.bias:
-            share = dlogits.sum(0, dtype=self.dtype) if coefficient is None else coefficient @ dlogits
-            if first:
-                self.bias.copy_(share)
+            if coefficient is not None:
+                # With `out`, which autocast leaves alone.
+                torch.addmv(self.bias, dlogits.t(), coefficient, beta=0 if first else 1, out=self.bias)
+            elif first:
+                torch.sum(dlogits, 0, dtype=self.dtype, out=self.bias)
             else:
-                self.bias += share
+                self.bias += dlogits.sum(0, dtype=self.dtype)
 
     def _times_weight(self, dlogits: Tensor, out: Tensor) -> None:
         weight = self.layer.weight

@@ -394,8 +394,12 @@ def test_autocast(impl, recompute, dtype):
     truth = expected_linear(x, w, target, DM, linear_bias=b, dtype=dtype)
     with torch.autocast(device_of(impl), dtype=dtype):
         output, gradients = run(impl, x, w, b, target, DM, recompute=recompute, max_logits_bytes=SMALL)
+        # In one block, where what is rounded is not added to anything.
+        _, of_one_block = run(impl, x, w, b, target, DM, recompute=recompute)
     check_linear(output, gradients, truth)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    for name in ("dweight", "dbias"):
+        assert not torch.equal(of_one_block[name].to(dtype).float(), of_one_block[name])
     with torch.autocast("cpu", dtype=dtype):
         mixed = linear_dm_loss(x.to(dtype), w, target, DM, impl="cpu")
     assert mixed.dtype == torch.float32
@@ -410,7 +414,11 @@ def fresh_dynamo():
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("impl", FUSED)
-@pytest.mark.parametrize("options", [{}, {"recompute": True, "skip_tolerance": 1e-3, "softcap": 9.0}, {"reduction": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"recompute": True, "skip_tolerance": 1e-3, "softcap": 9.0}, {"reduction": "none"}, {"drop_ignored": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(impl, options, dtype):
     x, w, b, target = layer(dtype=dtype)
@@ -425,7 +433,7 @@ def test_compiles_as_one_graph(impl, options, dtype):
 
     output = compiled(*leaves, target.to(device))
     output.loss.sum().backward()
-    plain = {name: value for name, value in options.items() if name not in ("recompute", "skip_tolerance")}
+    plain = {name: value for name, value in options.items() if name not in ("recompute", "skip_tolerance", "drop_ignored")}
     truth = expected_linear(x, w, target, DM, linear_bias=b, **plain)
     gradients = {name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}
     check_linear(output, gradients if "skip_tolerance" not in options else {}, truth)
