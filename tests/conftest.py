@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # Their keys know an operator by its name, so that a graph compiled before a change of the operator would be run after it.
@@ -13,3 +14,11 @@ if not torch.cuda.is_available():
     interpreter.install()
 # The tests' tensors are small: threads cost more than they bring, above all where several test processes share two cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def give_back_memory():
+    """Several test processes share a GPU, and torch would keep what a large test took from the others."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
