@@ -438,7 +438,7 @@ class DMLoss(torch.nn.Module):
         _validation.check_transform(softcap, logit_scale)
         _validation.check_impl(impl)
         _validation.check_ignore_index(ignore_index)
-        self.emphasis = _validation.check_emphasis(emphasis)
+        self._emphasis = _validation.check_emphasis(emphasis)
         self.eps = _default_eps(self.emphasis, eps)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -470,6 +470,15 @@ class DMLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         return f"{self.emphasis}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, eps={self.eps}"
 
+    @property
+    def emphasis(self) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:
+        """The EDF; to assign one is `set_emphasis`."""
+        return self._emphasis
+
+    @emphasis.setter
+    def emphasis(self, emphasis: edf.EDF | str) -> None:
+        self.set_emphasis(emphasis)
+
     @torch.no_grad()
     def set_emphasis(self, emphasis: edf.EDF | str) -> None:
         """Change the EDF's parameters in place.
@@ -491,7 +500,7 @@ class DMLoss(torch.nn.Module):
             )
         if density.structure != structure:
             raise ValueError(f"set_emphasis: expected an EDF of the family {structure!r}, got {density}")
-        self.emphasis = density
+        self._emphasis = density
         # A copy from the host would wait for the GPU; a fill does not.
         for slot, value in zip(self.emphasis_params.unbind(), (self.eps, *density.params), strict=True):
             slot.fill_(value)

@@ -298,8 +298,8 @@ class _Blocks:
         """Memory for a block, which has its classes innermost where there are few positions beside each other."""
         shape = (self.height, self.classes, self.width)
         if self.width < NARROW:
-            return torch.empty_strided(shape, (self.width * self.classes, 1, self.classes), dtype=dtype)
-        return torch.empty(shape, dtype=dtype)
+            return torch.empty_strided(shape, (self.width * self.classes, 1, self.classes), dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _planes(matrix: Tensor) -> Tensor:

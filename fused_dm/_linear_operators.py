@@ -49,7 +49,7 @@ def _spread_rows(values: Tensor, kept: Tensor, rows: int) -> Tensor:
 
 def _empty(like: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
     if like is None or not wanted:
-        return torch.empty(0, dtype=dtype) if like is None else like.new_empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu") if like is None else like.new_empty(0, dtype=dtype)
     return like.new_empty(like.shape, dtype=dtype)
 
 

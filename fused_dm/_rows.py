@@ -131,7 +131,8 @@ def row_values(terms: RowTerms, relative: Tensor, has_loss: bool) -> Tensor:
 
 def largest_log_weight(log_weight: Tensor) -> Tensor:
     """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
-    return torch.cat([log_weight, log_weight.new_full((1,), LOG_FLOOR)]).amax()
+    # Not torch.cat: in a graph of several losses inductor hands its memory on while what was put there is still to be read.
+    return torch.nn.functional.pad(log_weight, (0, 1), value=LOG_FLOOR).amax()
 
 
 def batch_totals(top: Tensor, relative: Tensor, normalizer: Tensor | None) -> Totals:

@@ -220,7 +220,7 @@ def weigh(
     The weights are relative to exp(`top`), and so are values and coefficients unless `absolute`; values are f(p) where the EDF
     `has_loss`, else w times `value`. `eps` is None for 0.
     """
-    weights, values = torch.zeros([], dtype=torch.float64), torch.zeros([], dtype=torch.float64)
+    weights, values = log_weight.new_zeros([], dtype=torch.float64), log_weight.new_zeros([], dtype=torch.float64)
     for first in range(0, log_weight.size(0), step):
         count = min(step, log_weight.size(0) - first)
         log_w, of_rows = log_weight.narrow(0, first, count), value.narrow(0, first, count)

@@ -192,9 +192,9 @@ class Schedule(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Not as buffers: those move to a GPU, where reading them would synchronise, and lose digits when a model is cast.
-        destination[f"{prefix}last_step"] = torch.tensor(self.last_step)
+        destination[f"{prefix}last_step"] = torch.tensor(self.last_step, device="cpu")
         for parameter, values in self._values.items():
-            destination[f"{prefix}start.{parameter}"] = torch.tensor(values[0], dtype=torch.float64)
+            destination[f"{prefix}start.{parameter}"] = torch.tensor(values[0], dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(
         self,

@@ -243,6 +243,8 @@ FAULTS = [
     # Operators and the public functions
     Fault("operators: margin's gradient with the wrong sign", "fused_dm/_loss.py", "attach_to_margin(margin, loss, -coefficient)", "attach_to_margin(margin, loss, coefficient)"),
     Fault("operators: a second derivative is silently 0", "fused_dm/_operators.py", "    if torch.is_grad_enabled():", "    if False:"),
+    Fault("module: an assigned EDF shown and not computed", "fused_dm/_api.py", "        self.set_emphasis(emphasis)\n", "        self._emphasis = emphasis\n"),
+    Fault("CPU: scratch memory on another device", "fused_dm/_cpu.py", "torch.empty(shape, dtype=dtype, device=\"cpu\")", "torch.empty(shape, dtype=dtype)"),
     Fault("settings: freed though a graph reads them", "fused_dm/_api.py", "        _CAPTURED[values, device] = params\n", "        pass\n"),
     Fault("settings: the first ones go, used or not", "fused_dm/_api.py", "params = _PARAMS.pop((values, device), None)", "params = _PARAMS.get((values, device))"),
     Fault("labels compared in their own dtype", "fused_dm/_api.py", "    labels = target.reshape(-1).long()\n    row_weight", "    labels = target.reshape(-1)\n    row_weight"),
@@ -292,6 +294,8 @@ FAULTS = [
     Fault("EDF: Taylor sum one term short", f"{KERNELS}/densities.py", "for i in range(2, tl.load(params_ptr).to(tl.int32) + 1):", "for i in range(2, tl.load(params_ptr).to(tl.int32)):"),
     Fault("EDF, torch: the same GCE loss without its division", "fused_dm/edf/_forms.py", "return -torch.expm1(q * log_p) / q", "return -torch.expm1(q * log_p)"),
     Fault("EDF, torch: MSE weight of another loss", "fused_dm/edf/_forms.py", "return 2 * _LN2 + log_p + 2 * log_q", "return 2 * _LN2 + 2 * log_p + log_q"),
+    Fault("EDF: a registered name that is not told apart", "fused_dm/edf/_custom.py", "_hash(name.lower(), ", "_hash(\"\", "),
+    Fault("EDF: functions of one source not told apart", "fused_dm/edf/_custom.py", "            contents.append(repr(cell.cell_contents))\n", "            pass\n"),
     Fault("EDF: a sum of the logarithms", "fused_dm/edf/_density.py", "return torch.logsumexp(torch.stack(self._log_weights(log_p, log_q, params)), 0)", "return torch.stack(self._log_weights(log_p, log_q, params)).sum(0)"),
     Fault("EDF: members of a composition read one another's parameters", "fused_dm/edf/_density.py", "            at += count\n        return values", "            at += 0\n        return values"),
     Fault("EDF: a factor lost", "fused_dm/edf/_density.py", "return log(params[0]) + self.part.forms.log_weight(", "return 0 * log(params[0]) + self.part.forms.log_weight("),

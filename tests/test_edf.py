@@ -652,3 +652,25 @@ def test_check_in_words():
 def test_check_finds(emphasis, error, message):
     with pytest.raises(error, match=message):
         edf.check(emphasis)
+
+
+def test_functions_that_their_source_does_not_tell_apart():
+    """Made by one function, or on one line."""
+
+    def power(exponent):
+        def log_weight(log_p, log_q):
+            return exponent * log_q
+
+        return log_weight
+
+    p = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    weak, strong = edf.register(power(1.0), name="weak_power"), edf.register(power(5.0), name="strong_power")
+    flat, cube = edf.register(lambda p, q: 0 * p, name="flat_one"), edf.register(lambda p, q: 3 * p, name="cube_one")
+    for kind, exact in ((weak, 1 - p), (strong, (1 - p) ** 5), (flat, torch.ones_like(p)), (cube, p**3)):
+        torch.testing.assert_close(kind().weight(p), exact)
+        logits = torch.stack([p.logit(), torch.zeros_like(p)], 1)
+        output = dm_loss(logits, torch.zeros(2, dtype=torch.long), kind(), reduction="sum", return_output=True)
+        torch.testing.assert_close(output.example_weight, exact)
+    again = edf.register(power(2.0), name="weak_power")
+    torch.testing.assert_close(again().weight(p), (1 - p) ** 2)
+    torch.testing.assert_close(weak().weight(p), 1 - p)

@@ -5,11 +5,11 @@ import contextlib
 import pytest
 import torch
 from batches import DTYPES, GPU, device_of, make, run
-from tolerance import check, expected
+from tolerance import check, compare, expected, expected_linear
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_dm import DMLoss, _operators, dm_loss, edf, margin
+from fused_dm import DMLoss, _operators, dm_loss, edf, linear_dm_loss, margin
 
 DM = edf.DM(beta=8, lambd=0.5)
 
@@ -403,6 +403,61 @@ def test_default_device_does_not_matter(impl, reduction, emphasis):
         loss.sum().backward()
     assert torch.equal(loss, output.loss)
     assert torch.equal(leaf.grad, dlogits)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_default_device_does_not_matter_in_any_layout(impl, dtype):
+    device = device_of(impl)
+    logits, target = (tensor.to(device) for tensor in make(6, 5, dtype))
+    images = logits.reshape(2, 3, 5).movedim(2, 1).contiguous()
+    layer = torch.linspace(-1, 1, 35, dtype=dtype, device=device).reshape(5, 7).requires_grad_()
+    hidden = torch.linspace(-2, 1, 42, dtype=dtype, device=device).reshape(6, 7).requires_grad_()
+
+    def results():
+        found = []
+        for given, labels in ((logits, target), (images, target.view(2, 3))):
+            leaf = given.clone().requires_grad_()
+            dm_loss(leaf, labels, DM, impl=impl).backward()
+            found += [leaf.grad, dm_loss(given, labels, DM, impl=impl), margin(given, labels, impl=impl)]
+        loss = linear_dm_loss(hidden, layer, target, DM, impl=impl, max_logits_bytes=200)
+        found += [loss, *torch.autograd.grad(loss, (hidden, layer))]
+        with torch.no_grad():
+            return [*found, linear_dm_loss(hidden, layer, target, DM, impl=impl)]
+
+    expected_results = results()
+    with torch.device("meta"):
+        found = results()
+    assert all(torch.equal(*pair) for pair in zip(found, expected_results, strict=True))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_several_losses_in_one_graph_with_inductor():
+    """Inductor gives the memory of a torch.cat to something else while it is to be read, where a graph has three losses."""
+    logits, target = make(16, 9)
+    hidden, layer, last = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((16, 4), (9, 4), (16, 9))
+    )
+
+    truths = [
+        expected_linear(hidden, layer, target, DM),
+        expected(logits, target, edf.CCE() + edf.MAE(), reduction="mean"),
+        expected(last, target, edf.GCE()),
+    ]
+
+    @torch.compile
+    def losses(hidden, layer, logits, last):
+        first = linear_dm_loss(hidden, layer, target, DM)
+        return first + dm_loss(logits, target, edf.CCE() + edf.MAE(), reduction="mean") + dm_loss(last, target, edf.GCE())
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, layer, logits, last)]
+    loss = losses(*leaves)
+    loss.backward()
+    exact = [truths[0].dinput, truths[0].dweight, truths[1].dlogits, truths[2].dlogits]
+    allowed = [truths[0].allowed["dinput"], truths[0].allowed["dweight"], *(truth.allowed["dlogits"] for truth in truths[1:])]
+    for leaf, *bounds in zip(leaves, exact, allowed, strict=True):
+        compare("gradient", leaf.grad, *bounds)
+    compare("loss", loss, sum(truth.loss for truth in truths), sum(truth.allowed["loss"] for truth in truths))
 
 
 def test_a_transform_leaves_nothing_behind():

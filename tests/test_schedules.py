@@ -371,3 +371,13 @@ def test_training_with_a_schedule():
         optimizer.step()
         schedule.step()
     assert dm_loss(logits, target, "cce", reduction="mean").item() < first / 2
+
+
+def test_an_edf_that_is_assigned_is_computed():
+    logits, target = make(6, 9)
+    criterion = DMLoss(edf.DM(beta=8, lambd=0.5))
+    criterion.emphasis = edf.DM(beta=1, lambd=2)
+    assert torch.equal(criterion(logits, target), dm_loss(logits, target, edf.DM(beta=1, lambd=2)))
+    with pytest.raises(ValueError, match="expected an EDF of the family"):
+        criterion.emphasis = edf.Focal()
+    assert criterion.emphasis == edf.DM(beta=1, lambd=2)

@@ -74,7 +74,7 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
         raise TypeError(f"check: expected an EDF or a function log_weight(log_p, log_q), got {emphasis!r}")
     name = str(emphasis) if isinstance(emphasis, EDF) else getattr(emphasis, "__name__", repr(emphasis))
     log_weight = emphasis.log_weight if isinstance(emphasis, EDF) else emphasis
-    margin = torch.tensor(sorted(set(_MARGINS)), dtype=torch.float64)
+    margin = torch.tensor(sorted(set(_MARGINS)), dtype=torch.float64, device="cpu")
     log_p, log_q = _logs(margin)
     log_w = _weights(name, log_weight, log_p, log_q)
     _weights(name, log_weight, log_p.float(), log_q.float())
@@ -178,7 +178,7 @@ def _from_kernel(emphasis: EDF, margin: Tensor, device: str, dtype: torch.dtype)
 
     # Two classes, the label's logit the margin and the other 0: the kernel's margin is exact.
     logits = torch.stack([margin, torch.zeros_like(margin)], 1)
-    logits[-1] = torch.tensor([0.0, -math.inf])
+    logits[-1] = torch.tensor([0.0, -math.inf], device="cpu")
     target = torch.zeros(len(margin), dtype=torch.int64, device=device)
     params = torch.tensor((0.0, *emphasis.params), dtype=torch.float64, device=device)
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -206,7 +206,7 @@ def _agree(name: str, what: str, wrong: Tensor, margin: Tensor, got: Tensor, exa
 
 
 def _words(measures: Measures, log_weight: Callable[[Tensor, Tensor], Tensor]) -> str:
-    p = torch.tensor([_HARD, _MIDDLING, _EASY], dtype=torch.float64)
+    p = torch.tensor([_HARD, _MIDDLING, _EASY], dtype=torch.float64, device="cpu")
     logs = [value.item() for value in log_weight(p.log(), torch.log1p(-p))]
     kinds = ["hard", "middling", "easy"]
     at = max(range(3), key=lambda i: logs[i])
@@ -222,7 +222,7 @@ def _words(measures: Measures, log_weight: Callable[[Tensor, Tensor], Tensor]) -
         text = f"{kinds[at].capitalize()} examples count most. An example at p = {p[at]:g} has weight 1, "
         text += " and ".join(f"one at p = {p[i]:g} ({kinds[i]}) {shares[i]:.2g}" for i in others) + ". "
     text += f"The weight is largest at p = {measures.mode:.3g}. "
-    ends = (torch.tensor([-1e30, 0.0], dtype=torch.float64), torch.tensor([0.0, -1e30], dtype=torch.float64))
+    ends = torch.tensor([[-1e30, 0.0], [0.0, -1e30]], dtype=torch.float64, device="cpu")
     zero, one = (value.item() - measures.log_peak for value in log_weight(*ends))
     text += f"Hopeless examples, which wrong labels are (p near 0), {_end(zero)}; fitted ones (p near 1) {_end(one)}."
     return text

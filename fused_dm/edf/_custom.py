@@ -1,5 +1,6 @@
 """EDFs of your own, as a family like those of the catalogue: `register`."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -77,7 +78,7 @@ def register(
     owner = f"{log_weight.__module__}.{log_weight.__qualname__}"
     if name.lower() == "max" or (name.lower() in known_names() and _OWNERS.get(name.lower()) != owner):
         raise ValueError(f"register: expected a name that is not taken, got {name!r} for {owner}")
-    family = f"{owner}:{_hash(log_weight, triton, loss, triton_loss)}"
+    family = f"{owner}:{_hash(name.lower(), log_weight, triton, loss, triton_loss)}"
     FAMILIES[family] = Family(log_weight, loss)
     if triton is not None:
         DEVICE_FORMS[family] = (triton, triton_loss)
@@ -126,6 +127,16 @@ def _source(function: Any) -> str:
         return repr(function) if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
 
 
-def _hash(*functions: Any) -> str:
-    text = "\0".join("" if function is None else _source(function) for function in functions)
+def _enclosed(function: Any) -> str:
+    """What a function takes from the one around it, which is not in its source."""
+    contents = []
+    for cell in getattr(getattr(function, "fn", function), "__closure__", None) or ():
+        # Empty while a function that calls itself is being defined.
+        with contextlib.suppress(ValueError):
+            contents.append(repr(cell.cell_contents))
+    return "\0".join(contents)
+
+
+def _hash(name: str, *functions: Any) -> str:
+    text = "\0".join([name, *("" if function is None else _source(function) + _enclosed(function) for function in functions)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
