@@ -294,7 +294,7 @@ FAULTS = [
     Fault("EDF: Taylor sum one term short", f"{KERNELS}/densities.py", "for i in range(2, tl.load(params_ptr).to(tl.int32) + 1):", "for i in range(2, tl.load(params_ptr).to(tl.int32)):"),
     Fault("EDF, torch: the same GCE loss without its division", "fused_dm/edf/_forms.py", "return -torch.expm1(q * log_p) / q", "return -torch.expm1(q * log_p)"),
     Fault("EDF, torch: MSE weight of another loss", "fused_dm/edf/_forms.py", "return 2 * _LN2 + log_p + 2 * log_q", "return 2 * _LN2 + 2 * log_p + log_q"),
-    Fault("EDF: a registered name that is not told apart", "fused_dm/edf/_custom.py", "_hash(name.lower(), ", "_hash(\"\", "),
+    Fault("EDF: a registered name that is not told apart", "fused_dm/edf/_custom.py", "_hash(name.lower(), ", "_hash('', "),
     Fault("EDF: functions of one source not told apart", "fused_dm/edf/_custom.py", "            contents.append(repr(cell.cell_contents))\n", "            pass\n"),
     Fault("EDF: a sum of the logarithms", "fused_dm/edf/_density.py", "return torch.logsumexp(torch.stack(self._log_weights(log_p, log_q, params)), 0)", "return torch.stack(self._log_weights(log_p, log_q, params)).sum(0)"),
     Fault("EDF: members of a composition read one another's parameters", "fused_dm/edf/_density.py", "            at += count\n        return values", "            at += 0\n        return values"),
