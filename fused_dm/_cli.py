@@ -44,6 +44,8 @@ def plot(
     from . import _plot
 
     try:
+        # What a picture without a suffix is, and is called.
+        output = output if output.suffix else output.with_suffix(".png")
         _plot.draw_edfs(densities, output)
     except (OSError, ValueError) as error:
         raise _fail(f"cannot write {output}: {error}") from None

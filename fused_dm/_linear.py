@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _linear_operators, _operators, _validation, edf, reference
 from ._api import DMLoss, _default_eps, _emphasis, _normalizer, _params, _transform
@@ -42,9 +43,11 @@ class LinearDMOutput(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _log_peak(emphasis: edf.EDF) -> float:
     """About the largest log w, from a table."""
-    margin = torch.sinh(torch.linspace(-20, 20, 2001, dtype=torch.float64, device="cpu"))
-    log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
-    return emphasis.log_weight(log_p, log_q).max().item()
+    # A mode, such as that of a tracer or of tensors without numbers, has nothing to do with it.
+    with _disable_current_modes(), torch.no_grad():
+        margin = torch.sinh(torch.linspace(-20, 20, 2001, dtype=torch.float64, device="cpu"))
+        log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
+        return emphasis.log_weight(log_p, log_q).max().item()
 
 
 def _may_overflow(emphasis: edf.EDF, dtype: torch.dtype, device: torch.device) -> bool:

@@ -176,7 +176,12 @@ class Schedule(torch.nn.Module):
 
     def emphasis_at(self, step: int) -> edf.EDF:
         """The EDF after `step` steps; parameters that are not scheduled have their present values."""
-        return _replaced(self._criterion[0].emphasis, self.values_at(step))
+        density, values = self._criterion[0].emphasis, self.values_at(step)
+        if unknown := values.keys() - _named(density).keys():
+            raise ValueError(
+                f"{type(self).__name__}: {density}, the criterion's EDF by now, has no parameter {sorted(unknown)}"
+            )
+        return _replaced(density, values)
 
     def step(self) -> None:
         """Make a step: the criterion gets the next EDF. Call it after `optimizer.step()`, outside of compiled code."""

@@ -50,9 +50,16 @@ def test_plot_writes_other_formats(tmp_path, suffix):
     assert (tmp_path / f"edfs.{suffix}").stat().st_size > 1000
 
 
+def test_a_picture_without_a_suffix_is_a_png_and_called_so(tmp_path):
+    done = invoke("plot", "cce", "-o", tmp_path / "edfs")
+    assert done.stdout.rstrip().endswith(f"written to {tmp_path / 'edfs.png'}")
+    assert (tmp_path / "edfs.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cce", "-o", ""], "error: cannot write .: "),
         (["dn:beta=8,lambd=0.5"], "error: unknown EDF 'dn'; did you mean 'dm'? Known: dm, "),
         (["cce", "gce:q=7"], "error: GCE: expected 0 < q <= 1, got 7.0"),
         (["dm:beta=8"], "expected a value for lambd"),

@@ -1,6 +1,8 @@
 """EDFs as values: text, algebra, EDFs of one's own, and `check`. Their mathematics is in test_edf_catalogue.py."""
 
 import dataclasses
+import functools
+import math
 import pickle
 
 import pytest
@@ -15,6 +17,7 @@ from test_operators import compiled_counter
 from tolerance import check, expected
 
 from fused_dm import DMLoss, dm_loss, edf
+from fused_dm.edf._measure import measure
 
 DM = edf.DM(beta=8, lambd=0.5)
 EVERY = (*EMPHASES, *CATALOGUE, *COMPOSITIONS)
@@ -674,3 +677,30 @@ def test_functions_that_their_source_does_not_tell_apart():
     again = edf.register(power(2.0), name="weak_power")
     torch.testing.assert_close(again().weight(p), (1 - p) ** 2)
     torch.testing.assert_close(weak().weight(p), 1 - p)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "error", "message"),
+    [
+        (lambda p, q: q, "v1e", ValueError, "expected name not to end as a number does before its exponent, got 'v1e'"),
+        (lambda p, q, mode=1.0: q, "bump", ValueError, r"expected parameters that no EDF has an attribute for.*\['mode'\]"),
+        (lambda p, q, a=1.0, A=2.0: q, "bump", ValueError, r"no two alike, got \['a', 'A'\]"),
+        (functools.partial(torch.add), "bump", TypeError, "expected log_weight to be a function"),
+    ],
+)
+def test_what_cannot_be_registered(function, name, error, message):
+    with pytest.raises(error, match=message):
+        edf.register(function, name=name)
+
+
+def test_a_function_that_changes_its_arguments_is_not_sound():
+    with pytest.raises(ValueError, match="expected log_weight to leave log_p and log_q as they are"):
+        edf.check(lambda log_p, log_q: log_p.mul_(2))
+
+
+def test_a_weight_that_is_nowhere_smooth_is_measured():
+    """In fp32, whose steps no bisection ends at."""
+    rough = measure(lambda log_p, log_q: (5 * (log_p.float() + log_q.float()).exp()).double())
+    smooth = measure(lambda log_p, log_q: 5 * (log_p + log_q).exp())
+    # The weight's own error: that of its logarithm, up to 5 / 4, by two roundings and an exponential.
+    assert abs(math.expm1(rough.log_integral - smooth.log_integral)) < 8 * torch.finfo(torch.float32).eps

@@ -7,6 +7,7 @@ from batches import DTYPES, device_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tolerance import check_linear, compare, expected_linear
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_dm import LinearDMLoss, _linear_operators, dm_loss, edf, emphasis_report, linear_dm_loss
 
@@ -403,6 +404,19 @@ def test_autocast(impl, recompute, dtype):
     with torch.autocast("cpu", dtype=dtype):
         mixed = linear_dm_loss(x.to(dtype), w, target, DM, impl="cpu")
     assert mixed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tensors_without_numbers(impl, recompute):
+    with FakeTensorMode():
+        leaves = [torch.randn(shape, device=device_of(impl), requires_grad=True) for shape in ((4, 5), (7, 5))]
+        target = torch.zeros(4, dtype=torch.long, device=device_of(impl))
+        # A weight whose peak no other test has asked for.
+        loss = linear_dm_loss(*leaves, target, edf.DM(beta=2.21875, lambd=0.5), impl=impl, recompute=recompute)
+        loss.backward()
+    assert loss.shape == ()
+    assert [leaf.grad.shape for leaf in leaves] == [(4, 5), (7, 5)]
 
 
 @pytest.fixture

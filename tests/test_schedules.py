@@ -381,3 +381,12 @@ def test_an_edf_that_is_assigned_is_computed():
     with pytest.raises(ValueError, match="expected an EDF of the family"):
         criterion.emphasis = edf.Focal()
     assert criterion.emphasis == edf.DM(beta=1, lambd=2)
+
+
+def test_a_schedule_of_a_parameter_that_is_gone():
+    """`imae` is a name of the same family, whose parameter is another."""
+    criterion = DMLoss("dm:beta=8,lambd=0.5")
+    schedule = Linear(criterion, steps=4, beta=2)
+    criterion.set_emphasis(edf.IMAE())
+    with pytest.raises(ValueError, match=r"Linear: imae:T=8, the criterion's EDF by now, has no parameter \['beta'\]"):
+        schedule.step()

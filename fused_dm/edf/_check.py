@@ -100,7 +100,10 @@ def _log_weight_at(emphasis: EDF, margin: Tensor) -> Tensor:
 
 
 def _weights(name: str, log_weight: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
-    log_w = log_weight(log_p, log_q)
+    given = log_p.clone(), log_q.clone()
+    log_w = log_weight(*given)
+    if not (torch.equal(given[0], log_p) and torch.equal(given[1], log_q)):
+        raise ValueError(f"{name}: expected log_weight to leave log_p and log_q as they are; it changes them in place")
     if not isinstance(log_w, Tensor) or log_w.shape != log_p.shape or not log_w.dtype.is_floating_point:
         got = f"{log_w.dtype} {tuple(log_w.shape)}" if isinstance(log_w, Tensor) else repr(log_w)
         raise ValueError(f"{name}: expected log_weight to return a float tensor of shape {tuple(log_p.shape)}, got {got}")
@@ -120,7 +123,7 @@ def _ends(log_w: Tensor) -> tuple[str, ...]:
             notes += (f"w is infinite at p = {end}: such an example outweighs the rest of its batch.",)
     inner = log_w[1:-1].max().item()
     if inner > 88:
-        notes += (f"log w reaches {inner:.3g}: in fp32 it overflows under every reduction but sum_weight.",)
+        notes += (f"log w reaches {inner:.3g}: in fp32 it overflows, unless what divides it is as large.",)
     return notes
 
 

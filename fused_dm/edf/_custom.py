@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ def register(
     name = name or log_weight.__name__
     if not name.isidentifier():
         raise ValueError(f"register: expected name to be an identifier, got {name!r}")
+    if re.search(r"\de$", name, re.IGNORECASE):
+        raise ValueError(f"register: expected name not to end as a number does before its exponent, got {name!r}")
     owner = f"{log_weight.__module__}.{log_weight.__qualname__}"
     if name.lower() == "max" or (name.lower() in known_names() and _OWNERS.get(name.lower()) != owner):
         raise ValueError(f"register: expected a name that is not taken, got {name!r} for {owner}")
@@ -101,11 +104,15 @@ def register(
 
 def _parameters(argument: str, function: Any) -> list[Any]:
     """The parameters after log p and log q, as fields of a dataclass."""
-    if not callable(function):
+    if not callable(function) or not hasattr(function, "__qualname__"):
         raise TypeError(f"register: expected {argument} to be a function of (log_p, log_q, *parameters), got {function!r}")
     parameters = list(inspect.signature(function).parameters.values())
     if len(parameters) < 2 or any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters):
         raise TypeError(f"register: expected {argument} to take (log_p, log_q, *parameters) by position, got {function!r}")
+    names = [p.name for p in parameters[2:]]
+    taken = [name for name in names if hasattr(EDF, name) or [other.lower() for other in names].count(name.lower()) > 1]
+    if taken:
+        raise ValueError(f"register: expected parameters that no EDF has an attribute for, and no two alike, got {taken}")
     empty = inspect.Parameter.empty
     return [(p.name, float) if p.default is empty else (p.name, float, p.default) for p in parameters[2:]]
 

@@ -67,6 +67,10 @@ def _logs(margin: Tensor) -> tuple[Tensor, Tensor]:
     return F.logsigmoid(margin), F.logsigmoid(-margin)
 
 
+# Panels that are still bisected; a smooth weight needs hundreds, one with a thousand steps some thousands.
+MOST_PANELS = 1 << 16
+
+
 def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float) -> float:
     """log of the integral over p in (0, 1) of exp(log_weight), by bisecting panels until two rules agree.
 
@@ -103,6 +107,10 @@ def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float) -
         rough = error > 1e-14 * max(total + by_kronrod.sum().item(), 1e-300)
         total += by_kronrod[~rough].sum().item()
         if not rough.any():
+            break
+        if rough.sum() > MOST_PANELS:
+            # Rough everywhere, such as what is computed in fp32: halves are no better.
+            total += by_kronrod[rough].sum().item()
             break
         left, right = left[rough], right[rough]
         middle = (left + right) / 2
