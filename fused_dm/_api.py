@@ -460,11 +460,10 @@ class DMLoss(torch.nn.Module):
         params = self.emphasis_params
         super()._apply(fn, recurse)
         device = self.emphasis_params.device
-        if params.is_meta and device.type != "meta":
+        if self.emphasis_params is not params and device.type != "meta":
+            # Another dtype would round them, and `to_empty` leaves what there was in memory.
             values = self.emphasis.params if isinstance(self.emphasis, edf.EDF) else ()
             self.emphasis_params = torch.tensor((self.eps, *values), dtype=torch.float64, device=device)
-        elif self.emphasis_params.dtype != torch.float64:
-            self.emphasis_params = params.to(device)
         return self
 
     def extra_repr(self) -> str:

@@ -87,7 +87,8 @@ def _in_forward(problem: Problem) -> bool:
     # Traced code cannot overwrite an input of its graph in the forward pass and then again in the backward.
     overwrites_twice = problem.inplace and torch.compiler.is_compiling()
     # The batches of torch.vmap share one buffer, which the first of their backwards would use up.
-    shares = _validation.is_batched(problem.logits)
+    given = (problem.logits, problem.target, problem.weight, problem.sample_weight, problem.normalizer, problem.transform)
+    shares = any(tensor is not None and _validation.is_batched(tensor) for tensor in (*given, problem.emphasis.params))
     return needs_gradient(problem.logits) and problem.logits.dtype in IN_FORWARD and not (overwrites_twice or shares)
 
 

@@ -252,7 +252,7 @@ FAULTS = [
     Fault("operators: 0 times an infinite dloss", "fused_dm/_operators.py", "finite = dvalue.dim() == 0 and math.isfinite(dvalue)", "finite = dvalue.dim() == 0"),
     Fault("operators: dvalue of a custom EDF ignored", "fused_dm/_operators.py", "return _times(coefficient, dvalue), None, None", "return coefficient, None, None"),
     Fault("module: the schedule does not arrive", "fused_dm/_api.py", "            slot.fill_(value)", "            pass"),
-    Fault("module: parameters cast with the module", "fused_dm/_api.py", "self.emphasis_params = params.to(device)", "pass"),
+    Fault("module: parameters cast with the module", "fused_dm/_api.py", "            self.emphasis_params = torch.tensor((self.eps, *values), dtype=torch.float64, device=device)\n", "            pass\n"),
     Fault("spatial: classes not moved last", "fused_dm/_api.py", "    return rows.reshape(-1, logits.shape[1])", "    return logits.reshape(-1, logits.shape[1])"),
     # The logits overwritten by their gradient
     Fault("in place: gradient written with the logits' row stride", f"{KERNELS}/gradient.py", "out_start = row_starts(image, position, dlogits_strides, UNIT, LAYOUT)", "out_start = row_starts(image, position, logits_strides, UNIT, LAYOUT)"),
@@ -271,7 +271,8 @@ FAULTS = [
     Fault("operators: transforms that lose the gradient accepted", "fused_dm/_validation.py", "    if transformed:", "    if False:"),
     Fault("operators: no gradient wanted, but written", "fused_dm/_loss.py", "return torch.is_grad_enabled() and (logits.requires_grad or", "return torch.is_grad_enabled() and (True or"),
     Fault("operators: fp16 gradients written before their scale is known", "fused_dm/_loss.py", "IN_FORWARD = (torch.float32, torch.bfloat16)", "IN_FORWARD = (torch.float32, torch.bfloat16, torch.float16)"),
-    Fault("operators: batches of vmap share a buffer", "fused_dm/_loss.py", "shares = _validation.is_batched(problem.logits)", "shares = False"),
+    Fault("operators: batches of vmap share a buffer", "fused_dm/_loss.py", "shares = any(tensor is not None and _validation.is_batched(tensor) for tensor in (*given, problem.emphasis.params))", "shares = False"),
+    Fault("operators: batches of labels share a buffer", "fused_dm/_loss.py", "for tensor in (*given, problem.emphasis.params))", "for tensor in given[:1])"),
     Fault("operators: a direct call does not tell what it overwrites", "fused_dm/_operator.py", "            increment_version(args[number])\n", "            pass\n"),
     Fault("plans: a family that is registered anew", "fused_dm/_triton.py", "_batch_plan(_of(logits, transform, out), _forms(family), ignore_index)", "_batch_plan(_of(logits, transform, out), globals().setdefault(family, _forms(family)), ignore_index)"),
     Fault("CPU: a forked child waits for threads", "fused_dm/_operators.py", "    with _cpu.calm():\n        finite", "    if True:\n        finite"),

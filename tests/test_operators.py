@@ -388,6 +388,8 @@ def test_module_made_on_meta():
     with torch.device("meta"):
         criterion = DMLoss("dm:beta=8,lambd=0.5")
     assert criterion.to_empty(device="cpu").emphasis_params.tolist() == [1e-6, 8.0, 0.5]
+    # Now from a device of numbers, which are left to chance.
+    assert criterion.to_empty(device="cpu").emphasis_params.tolist() == [1e-6, 8.0, 0.5]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -178,6 +178,19 @@ def test_the_reference_is_not_exported():
 # torch says that its generic rule for batches is slow.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @each
+def test_vmap_over_labels_alone(impl, options, emphasis):
+    logits, _ = make(6, 9)
+    leaf, targets = leaf_of(logits, impl), torch.stack([make(6, 9, seed=seed).target for seed in range(3)])
+    targets = targets.to(leaf.device)
+    torch.vmap(lambda target: dm_loss(leaf, target, emphasis, impl=impl, **options))(targets).sum().backward()
+    plain = leaf_of(logits, impl)
+    sum(dm_loss(plain, target, emphasis, impl=impl, **options).sum() for target in targets).backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+# torch says that its generic rule for batches is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@each
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_vmap(impl, options, emphasis, compiled):
