@@ -244,7 +244,7 @@ FAULTS = [
     Fault("operators: margin's gradient with the wrong sign", "fused_dm/_loss.py", "attach_to_margin(margin, loss, -coefficient)", "attach_to_margin(margin, loss, coefficient)"),
     Fault("operators: a second derivative is silently 0", "fused_dm/_operators.py", "    if torch.is_grad_enabled():", "    if False:"),
     Fault("module: an assigned EDF shown and not computed", "fused_dm/_api.py", "        self.set_emphasis(emphasis)\n", "        self._emphasis = emphasis\n"),
-    Fault("CPU: scratch memory on another device", "fused_dm/_cpu.py", "torch.empty(shape, dtype=dtype, device=\"cpu\")", "torch.empty(shape, dtype=dtype)"),
+    Fault("operators: scratch memory on another device", "fused_dm/_cpu.py", "torch.empty(shape, dtype=dtype, device=\"cpu\")", "torch.empty(shape, dtype=dtype)"),
     Fault("settings: freed though a graph reads them", "fused_dm/_api.py", "        _CAPTURED[values, device] = params\n", "        pass\n"),
     Fault("settings: the first ones go, used or not", "fused_dm/_api.py", "params = _PARAMS.pop((values, device), None)", "params = _PARAMS.get((values, device))"),
     Fault("labels compared in their own dtype", "fused_dm/_api.py", "    labels = target.reshape(-1).long()\n    row_weight", "    labels = target.reshape(-1)\n    row_weight"),

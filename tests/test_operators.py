@@ -411,14 +411,14 @@ def test_default_device_does_not_matter(impl, reduction, emphasis):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_default_device_does_not_matter_in_any_layout(impl, dtype):
     device = device_of(impl)
-    logits, target = (tensor.to(device) for tensor in make(6, 5, dtype))
-    images = logits.reshape(2, 3, 5).movedim(2, 1).contiguous()
+    logits, target = (tensor.to(device) for tensor in make(40, 5, dtype))
+    images = logits.reshape(2, 20, 5).movedim(2, 1).contiguous()
     layer = torch.linspace(-1, 1, 35, dtype=dtype, device=device).reshape(5, 7).requires_grad_()
-    hidden = torch.linspace(-2, 1, 42, dtype=dtype, device=device).reshape(6, 7).requires_grad_()
+    hidden = torch.linspace(-2, 1, 280, dtype=dtype, device=device).reshape(40, 7).requires_grad_()
 
     def results():
         found = []
-        for given, labels in ((logits, target), (images, target.view(2, 3))):
+        for given, labels in ((logits, target), (images, target.view(2, 20))):
             leaf = given.clone().requires_grad_()
             dm_loss(leaf, labels, DM, impl=impl).backward()
             found += [leaf.grad, dm_loss(given, labels, DM, impl=impl), margin(given, labels, impl=impl)]
