@@ -312,8 +312,8 @@ def dm_loss(
 
     Args:
         logits: (V), (N, V) or (N, V, d1, ..., dk); fp16, bf16, fp32 or fp64. Statistics are fp32 (fp64 for fp64). Never
-            changed unless `inplace`. On a GPU the gradient lies as they do, but rows with room between them, as those of a slice
-            of the classes, have less than 16 bytes of room in it; on a CPU it may lie otherwise than transposed logits.
+            changed unless `inplace`. On a GPU the gradient lies as they do, but rows with room between them, as those of a
+            slice of the classes, have less than 16 bytes of room in it; on a CPU it may lie otherwise than transposed logits.
         target: (), (N) or (N, d1, ..., dk), any integer dtype; labels in [0, V) or `ignore_index`.
         emphasis: an EDF, its name such as "dm:beta=8,lambd=0.5", or any callable log_weight(log_p, log_q) that returns log w.
             It gets (N,) tensors, fp32 (fp64 for fp64 logits), at least -1e30, and no gradient flows through it.
