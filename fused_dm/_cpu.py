@@ -255,7 +255,7 @@ def is_positive(number: Tensor) -> bool:
 
 
 def is_between(number: Tensor, least: float, most: float) -> bool:
-    """Whether its magnitude is."""
+    """Whether its magnitude is at least `least` and at most `most`."""
     return least <= abs(float(number)) <= most
 
 

@@ -175,7 +175,11 @@ class Schedule(torch.nn.Module):
         }
 
     def emphasis_at(self, step: int) -> edf.EDF:
-        """The EDF after `step` steps; parameters that are not scheduled have their present values."""
+        """The EDF after `step` steps; parameters that are not scheduled have their present values.
+
+        Raises:
+            ValueError: the criterion has an EDF by now that does not know a parameter.
+        """
         density, values = self._criterion[0].emphasis, self.values_at(step)
         if unknown := values.keys() - _named(density).keys():
             raise ValueError(

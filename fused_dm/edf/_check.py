@@ -63,7 +63,7 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
 
     Raises:
         TypeError: not an EDF or a function.
-        ValueError: a shape or dtype is wrong, a weight is nan, or the two forms disagree.
+        ValueError: a shape or dtype is wrong, a weight is nan, the function changes its arguments, or the two forms disagree.
 
     Example:
         >>> from fused_dm import edf

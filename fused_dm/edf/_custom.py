@@ -33,8 +33,9 @@ def register(
 
     The parameters become the fields of the class, with the function's defaults, so that the EDF has a name that `parse` knows,
     can be scheduled, added and multiplied, and is measured. With a `triton` form it is computed by the fused kernels, without
-    one on the margins at a cost of order N. The kernels know it under the function's qualified name and a hash of the sources;
-    registering a changed function under the same name replaces it.
+    one on the margins at a cost of order N. The kernels know it under the function's qualified name and a hash of its name
+    here, the sources and what they take from a function around them; registering a changed function under the same name
+    replaces it.
 
     Args:
         log_weight: torch function of log p and log(1 - p), tensors of one shape, and of the parameters, each a float or a
@@ -43,14 +44,16 @@ def register(
             in fp64, in order.
         loss: f(p), if the weight is that of a loss, w = 2 p (1 - p) |f'(p)|; a function of the same arguments.
         triton_loss: f as a `@triton.jit` function, likewise.
-        name: the name of the class; that of the function if None. `parse` knows it in lower case.
+        name: the name of the class; that of the function if None. `parse` knows it in lower case. It does not end as a number
+            does before its exponent, such as "v1e".
 
     Returns:
         The class, a frozen dataclass whose fields are the parameters; or, without `log_weight`, a decorator that returns it.
 
     Raises:
         TypeError: an argument is no function, or its arguments are not as above.
-        ValueError: the name belongs to another EDF, or one of `loss` and `triton_loss` is missing.
+        ValueError: the name belongs to another EDF or is none, a parameter has the name of an EDF's attribute or, but for its
+            case, of another, or one of `loss` and `triton_loss` is missing.
 
     Example:
         >>> from fused_dm import edf

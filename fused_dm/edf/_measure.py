@@ -67,7 +67,8 @@ def _logs(margin: Tensor) -> tuple[Tensor, Tensor]:
     return F.logsigmoid(margin), F.logsigmoid(-margin)
 
 
-# Panels that are still bisected; a smooth weight needs hundreds, one with a thousand steps some thousands.
+# Panels bisected at a time. Counted: 3 for DM(beta=1000, lambd=1), 990 for a thousand steps, 4374 for sin(1e4 p); a weight
+# computed in fp32 asks for more and more.
 MOST_PANELS = 1 << 16
 
 
