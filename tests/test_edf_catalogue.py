@@ -455,13 +455,30 @@ def test_huge_weights_are_a_softmax_over_the_batch(impl, dtype, emphasis):
     assert torch.equal(output.example_weight.cpu()[visible].argsort(), log_weight[visible].argsort())
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_other_reductions_overflow_above_88(reduction):
-    logits, target = rows_with(torch.zeros(3, dtype=torch.float64), 7, 0, torch.float32)
-    assert "overflow where log w is above 88" in fused_dm.dm_loss.__doc__.replace("\n", " ").replace("            ", "")
-    for beta, finite in ((2 * 87, True), (2 * 90, False)):
-        loss = dm_loss(logits, target, edf.Exponential(beta=beta), reduction=reduction)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 88), (torch.float64, 709)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "divisor"),
+    [
+        ({"reduction": "mean"}, 3.0),
+        ({"reduction": "sum"}, 1.0),
+        ({"reduction": "none"}, 1.0),
+        ({"reduction": "sum", "normalizer": 2.0**40}, 2.0**40),
+        ({"reduction": "sum", "normalizer": 2.0**-40}, 2.0**-40),
+    ],
+    ids=str,
+)
+def test_the_other_reductions_overflow_where_the_docstring_says(options, divisor, dtype, limit):
+    promise = "overflows where log (c w / D) is above 88 (for fp64 logits, where that or log (c w) is above 709)"
+    assert promise in " ".join(fused_dm.dm_loss.__doc__.split())
+    # p = 1/2, so that log w is beta / 2.
+    scale = math.log(divisor) if dtype == torch.float32 else min(math.log(divisor), 0.0)
+    for log_weight, finite in ((limit + scale - 1, True), (limit + scale + 1.5, False)):
+        logits, target = rows_with(torch.zeros(3, dtype=torch.float64), 7, 0, dtype)
+        logits.requires_grad_()
+        loss = dm_loss(logits, target, edf.Exponential(beta=2 * log_weight), **options)
+        loss.sum().backward()
         assert loss.isfinite().all() == finite
+        assert logits.grad.isfinite().all() == finite
 
 
 # ---- cross entropy is torch's
