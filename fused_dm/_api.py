@@ -161,7 +161,7 @@ def _compute(
     inplace = inplace and needs_gradient(logits)
     if _validation.validates_labels(first=inplace and impl == "cpu"):
         _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
-    rows = _rows_of(_operators.take(logits) if inplace else logits, impl)
+    rows = _rows_of(logits, impl)
     divisor = _normalizer(normalizer, logits.device)
     if impl == "reference":
         loss, *rest = reference.dm_loss(

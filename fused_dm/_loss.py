@@ -272,8 +272,10 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     transform = problem.transform
     backward = needs_gradient(logits)
-    keep = impl == "cpu" and _in_forward(problem)
+    # A function of the user's may raise, and the logits are then to be as they were.
+    keep = impl == "cpu" and _in_forward(problem) and not (problem.inplace and problem.emphasis.family is None)
     if keep and problem.inplace:
+        logits = _operators.take(logits)
         direction = logits.detach()
         margin, lead, norm = _operators.cpu_direction_(direction, target, ignore_index, transform)
     elif keep:
@@ -289,7 +291,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     if keep:
         loss = _operators.attach_direction(logits, loss, direction, coefficient, norm)
     elif problem.inplace:
-        loss = _operators.attach_overwriting(logits, loss, target, statistics, coefficient, ignore_index, impl, transform)
+        taken = _operators.take(logits)
+        loss = _operators.attach_overwriting(taken, loss, target, statistics, coefficient, ignore_index, impl, transform)
     elif backward:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
@@ -299,9 +302,10 @@ def margin_loss(problem: Problem, impl: str) -> Result:
 
 def triton_loss(problem: Problem) -> Result:
     """An EDF with a fused form, by the Triton kernels."""
-    logits, target, ignore_index = problem.logits, problem.target, problem.ignore_index
+    logits = _operators.take(problem.logits) if problem.inplace else problem.logits
+    target, ignore_index = problem.target, problem.ignore_index
     family, params, transform = problem.emphasis.family, problem.emphasis.params, problem.transform
-    backward = needs_gradient(logits)
+    backward = needs_gradient(problem.logits)
     weights = (problem.weight, problem.sample_weight)
     if problem.reduction == "mean":
         dtype = compute_dtype(logits.dtype)

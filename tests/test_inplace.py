@@ -220,6 +220,37 @@ def test_a_wrong_label_leaves_the_logits_as_they_were(options):
     logits.sum().backward()
 
 
+class Raises(edf.EDF):
+    """A subclass with a weight of its own."""
+
+    def log_weight(self, log_p, log_q):
+        raise OverflowError("mine")
+
+
+def raises(log_p, log_q):
+    raise OverflowError("mine")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize(
+    ("emphasis", "error"),
+    [(raises, OverflowError), (Raises(), OverflowError), (lambda log_p, log_q: log_p.sum(), ValueError)],
+    ids=["callable", "subclass", "shape"],
+)
+def test_a_function_that_raises_leaves_the_logits_as_they_were(impl, dtype, options, spatial, emphasis, error):
+    leaf = leaf_of(make(6, 5, dtype).logits, impl)
+    logits = (leaf * 1).view(2, 3, 5).movedim(-1, 1) if spatial else leaf * 1
+    target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64, device=leaf.device)
+    before = logits.detach().clone()
+    with pytest.raises(error):
+        dm_loss(logits, target, emphasis, impl=impl, inplace=True, **options)
+    assert torch.equal(logits, before)
+    (logits.sum() + dm_loss(logits, target, DM, impl=impl, inplace=True, **options).sum() * 0).backward()
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", REDUCTIONS, ids=str)
