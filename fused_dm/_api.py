@@ -113,6 +113,26 @@ def _emphasis(emphasis: edf.EDF | Callable, params: Tensor) -> Emphasis:
     return Emphasis(None, params, _custom(emphasis), None)
 
 
+class _Bound(NamedTuple):
+    """What the reference takes in the place of an EDF, with parameters of a tensor."""
+
+    log_weight: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor] | None
+    has_loss: bool
+
+
+def _bound(emphasis: edf.EDF | Callable, params: Tensor) -> _Bound | Callable:
+    if not isinstance(emphasis, edf.EDF):
+        return emphasis
+    _, *values = params.unbind()
+    log_weight, loss = emphasis.forms
+    return _Bound(
+        lambda log_p, log_q: log_weight(log_p, log_q, *values),
+        None if loss is None else lambda log_p, log_q: loss(log_p, log_q, *values),
+        loss is not None,
+    )
+
+
 def _rows_of(logits: Tensor, impl: str) -> Tensor:
     """(N, V), or (N, V, d1 * ... * dk) where the implementation reads that in place.
 
@@ -163,23 +183,25 @@ def _compute(
         _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
     rows = _rows_of(logits, impl)
     divisor = _normalizer(normalizer, logits.device)
+    if params is not None and params.device != logits.device:
+        params = None
     if impl == "reference":
         loss, *rest = reference.dm_loss(
             rows,
             labels,
-            emphasis,
+            emphasis if params is None else _bound(emphasis, params),
             weight=weight,
             sample_weight=row_weight,
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=divisor,
-            eps=eps,
+            eps=eps if params is None else params[0],
             softcap=softcap,
             logit_scale=logit_scale,
         )
         received: Received | None = Received(*rest)
     else:
-        if params is None or params.device != logits.device:
+        if params is None:
             values = emphasis.params if isinstance(emphasis, edf.EDF) else ()
             params = _params((eps, *values), logits.device)
         problem = Problem(

@@ -47,7 +47,8 @@ class _Defined(torch.autograd.Function):
         logits, value, gradient = inputs
         ctx.per_row = value.dim() == 1
         ctx.save_for_backward(logits, gradient)
-        ctx.save_for_forward(gradient)
+        # The same tensors: torch.vmap notes the batch dimensions of those that were saved last for both.
+        ctx.save_for_forward(logits, gradient)
 
     @staticmethod
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None, None]:
@@ -56,7 +57,7 @@ class _Defined(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dlogits: Tensor, *_: Any) -> Tensor:
-        (gradient,) = ctx.saved_tensors
+        _, gradient = ctx.saved_tensors
         return (gradient * dlogits).sum(1 if ctx.per_row else None)
 
 
@@ -82,7 +83,7 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("dm_loss: a second derivative was asked for; the gradient is defined, not derived, and has none")
 
 
-def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
+def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float | Tensor) -> tuple[Tensor, ...]:
     """log p, log q, log w and the direction over (2 q + eps), as the formula is written."""
     softmax = torch.softmax(logits, 1)
     p = softmax.gather(1, label)[:, 0]
@@ -91,14 +92,15 @@ def _literal(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[
     return p.clamp(min=FLOAT32_TINY).log(), torch.log1p(-p), emphasis.weight(p).double().log(), direction
 
 
-def _stable(logits: Tensor, label: Tensor, emphasis: Any, eps: float) -> tuple[Tensor, ...]:
+def _stable(logits: Tensor, label: Tensor, emphasis: Any, eps: float | Tensor) -> tuple[Tensor, ...]:
     """The same from the margin z_y - log sum_{j != y} exp(z_j), where nothing cancels."""
     margin, others = _exclusive(logits, label)
     log_p, log_q = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     log_weight = emphasis.log_weight if hasattr(emphasis, "log_weight") else emphasis
     log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)).double()
     q = torch.sigmoid(-margin)
-    norm = q / (2 * q + eps) if eps else torch.full_like(q, 0.5)
+    # Where q and eps are both 0, the quotient is nan.
+    norm = torch.where(torch.as_tensor(eps, device=q.device) == 0, 0.5, q / (2 * q + eps))
     direction = norm[:, None] * others.scatter(1, label, -1.0)
     direction = torch.where((margin == torch.inf)[:, None], 0, direction)
     return log_p, log_q, torch.where(margin.isnan(), margin.double(), log_w), direction
@@ -126,7 +128,7 @@ def dm_loss(
     ignore_index: int = -100,
     reduction: str = "sum_weight",
     normalizer: float | Tensor | None = None,
-    eps: float | None = None,
+    eps: float | Tensor | None = None,
     softcap: float | Tensor | None = None,
     logit_scale: float | Tensor | None = None,
     form: str = "stable",

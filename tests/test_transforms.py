@@ -74,12 +74,12 @@ def checkpoints(impl, options, emphasis, inplace, compiled, reentrant):
 
     (torch.compile(step, backend="aot_eager") if compiled else step)(leaf).backward()
     same = plain_gradient(impl, logits, target, emphasis, options)
-    if impl == "cpu" and compiled and inplace:
-        # Traced, the gradient is computed from the logits in the backward; otherwise it is kept from the forward and scaled.
+    if impl == "cpu" and inplace and (compiled or not isinstance(emphasis, edf.EDF)):
+        # The gradient is computed from the logits in the backward; otherwise it is kept from the forward and scaled.
         truth = expected(logits * 2, target, emphasis, **options)
         compare("dlogits", leaf.grad / 2, truth.dlogits, truth.allowed["dlogits"])
         plain = leaf_of(logits, impl)
-        torch.compile(segment, backend="aot_eager")(plain).backward()
+        (torch.compile(segment, backend="aot_eager") if compiled else segment)(plain).backward()
         same = plain.grad
     assert torch.equal(leaf.grad, same)
 
@@ -211,6 +211,41 @@ def test_vmap(impl, options, emphasis, compiled):
         alone = one(plain, target.to(plain.device))
         alone.sum().backward()
         # The batch may be computed by the margin operator where one call is computed by the fused kernel.
+        torch.testing.assert_close(loss, alone)
+        torch.testing.assert_close(gradient, plain.grad)
+
+
+# torch says that its generic rule for batches is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("options", REDUCTIONS, ids=str)
+@pytest.mark.parametrize(
+    "emphases",
+    [
+        [edf.DM(beta=8, lambd=0.5), edf.DM(beta=1, lambd=1)],
+        [edf.GCE(q=0.3), edf.GCE(q=0.9)],
+        [edf.Focal(gamma=1) + edf.CCE(), edf.Focal(gamma=3) + edf.CCE()],
+    ],
+    ids=lambda emphases: str(emphases[0]),
+)
+def test_an_ensemble_of_criteria(impl, options, emphases):
+    """Each member of `stack_module_state` has the EDF of its own buffer, whichever module is called with it."""
+    logits, target = (tensor.to(device_of(impl)) for tensor in make(6, 9))
+    criteria = [DMLoss(density, impl=impl, eps=0.1 * index, **options) for index, density in enumerate(emphases)]
+    _, buffers = torch.func.stack_module_state([criterion.to(logits.device) for criterion in criteria])
+
+    def one(buffers, logits):
+        return torch.func.functional_call(criteria[0], buffers, (logits, target)).sum()
+
+    leaf = logits.expand(len(criteria), -1, -1).clone().requires_grad_()
+    losses = torch.vmap(one)(buffers, leaf)
+    losses.sum().backward()
+    if impl == "reference":
+        torch.testing.assert_close(torch.vmap(torch.func.grad(one, argnums=1), (0, None))(buffers, logits), leaf.grad)
+    for criterion, loss, gradient in zip(criteria, losses, leaf.grad, strict=True):
+        plain = leaf_of(logits, impl)
+        alone = criterion(plain, target).sum()
+        alone.backward()
         torch.testing.assert_close(loss, alone)
         torch.testing.assert_close(gradient, plain.grad)
 
