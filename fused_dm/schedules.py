@@ -26,6 +26,7 @@ import bisect
 import dataclasses
 import itertools
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -115,7 +116,7 @@ class Schedule(torch.nn.Module):
             parameters of a composition's parts have names such as "parts.0.beta", or "part.q".
 
     Attributes:
-        last_step: how many steps were made. The `state_dict` holds it and the values of step 0, as CPU tensors.
+        last_step: how many steps were made. The `state_dict` holds it and the values of step 0, in one CPU tensor.
 
     Raises:
         TypeError: the criterion is no such module, or a number is expected and something else given.
@@ -199,40 +200,50 @@ class Schedule(torch.nn.Module):
         ramps = (f"{name}: {' -> '.join(f'{value:g}' for value in values)}" for name, values in self._values.items())
         return f"{', '.join(ramps)}, step {self.last_step} of {self._milestones[-1]}"
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Not as buffers: those move to a GPU, where reading them would synchronise, and lose digits when a model is cast.
-        destination[f"{prefix}last_step"] = torch.tensor(self.last_step, device="cpu")
-        for parameter, values in self._values.items():
-            destination[f"{prefix}start.{parameter}"] = torch.tensor(values[0], dtype=torch.float64, device="cpu")
+    def get_extra_state(self) -> Tensor:
+        """`last_step`, a checksum of the parameters' names and their values at step 0 in the names' order; fp64, on the CPU.
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        keys = {f"{prefix}last_step", *(f"{prefix}start.{parameter}" for parameter in self._values)}
-        given = {key for key in state_dict if key.startswith(prefix)}
-        if strict:
-            missing_keys.extend(sorted(keys - given))
-            unexpected_keys.extend(sorted(given - keys))
-        if not keys <= given:
-            return
-        before = self.last_step, {parameter: values[0] for parameter, values in self._values.items()}
+        Not as buffers: those move to a GPU, where reading them would synchronise, and lose digits when a model is cast. A
+        tensor, as not every format of checkpoints holds anything else.
+        """
+        starts = [self._values[parameter][0] for parameter in sorted(self._values)]
+        return torch.tensor([self.last_step, self._checksum, *starts], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go to the step and the starts of `get_extra_state`.
+
+        Raises:
+            ValueError: `state` is that of another schedule, or the criterion's EDF cannot take its values.
+        """
+        names = sorted(self._values)
+        # A checkpoint may have been loaded to a GPU.
+        step, checksum, *starts = (
+            state.tolist() if isinstance(state, Tensor) and state.dim() == 1 and len(state) > 1 else (0, 0)
+        )
+        if checksum != self._checksum or len(starts) != len(names):
+            raise ValueError(
+                f"{type(self).__name__}: expected the state of a schedule of {', '.join(names)}, got another one's"
+            )
+        before, values = self.last_step, {parameter: list(values) for parameter, values in self._values.items()}
         try:
-            self.last_step = int(state_dict[f"{prefix}last_step"])
-            for parameter, values in self._values.items():
-                values[0] = float(state_dict[f"{prefix}start.{parameter}"])
-            self._set()
-        except ValueError as error:
-            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
-            self.last_step = before[0]
-            for parameter, start in before[1].items():
+            self.last_step = int(step)
+            for parameter, start in zip(names, starts, strict=True):
                 self._values[parameter][0] = start
+            self._set()
+        except ValueError:
+            self.last_step, self._values = before, values
+            raise
+
+    @property
+    def _checksum(self) -> int:
+        return zlib.crc32(",".join(sorted(self._values)).encode())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Torch gathers what is wrong with a whole model in a list, the last argument.
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        except ValueError as error:
+            rest[-1].append(f"{prefix.removesuffix('.')}: {error}")
 
 
 class _Ramp(Schedule):

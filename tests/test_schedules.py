@@ -9,6 +9,8 @@ import pytest
 import torch
 from batches import GPU, device_of, make, run
 from tolerance import check, expected
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from fused_dm import DMLoss, dm_loss, edf
 from fused_dm.schedules import Cosine, Linear, Schedule, Step
@@ -127,7 +129,12 @@ def test_parts_of_compositions():
         schedule.step()
     assert criterion.emphasis == edf.parse("1*cce+gce:q=0.5")
     assert criterion.emphasis_params.tolist() == [0, *criterion.emphasis.params]
-    assert set(criterion.state_dict()) == {"schedule.last_step", "schedule.start.parts.0.factor", "schedule.start.parts.1.q"}
+    assert set(criterion.state_dict()) == {"schedule._extra_state"}
+    resumed = DMLoss("0.7*cce+gce:q=0.8", reduction="mean")
+    Linear(resumed, steps=2, **{"parts.1.q": 0.5, "parts.0.factor": 1})
+    schedule.last_step = 1
+    resumed.load_state_dict(criterion.state_dict())
+    assert resumed.emphasis == edf.parse("0.75*cce+gce:q=0.7")
     truncated = DMLoss("mae[0.2,0.9]")
     Linear(truncated, steps=2, low=(0, 0.5))
     assert truncated.emphasis == edf.MAE().truncate(0, 0.9)
@@ -150,10 +157,12 @@ def test_two_schedules_of_one_criterion():
     for schedule in (beta, lambd, beta):
         schedule.step()
     assert criterion.emphasis == edf.DM(beta=4, lambd=1)
-    assert {key for key in criterion.state_dict() if key.startswith("schedule2.")} == {
-        "schedule2.last_step",
-        "schedule2.start.lambd",
-    }
+    assert set(criterion.state_dict()) == {"schedule._extra_state", "schedule2._extra_state"}
+    resumed = criterion_at()
+    Linear(resumed, steps=4, beta=8)
+    Step(resumed, milestones=[1], lambd=[1])
+    resumed.load_state_dict(criterion.state_dict())
+    assert resumed.emphasis == criterion.emphasis
     with pytest.raises(ValueError, match="beta has a schedule already"):
         Cosine(criterion, steps=4, beta=8)
     del criterion.schedule
@@ -190,12 +199,30 @@ def test_resuming_from_a_model_that_holds_the_criterion(tmp_path):
         resumed.step()
 
 
+# As is meant: of a single process.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_resuming_from_a_distributed_checkpoint(tmp_path):
+    model, schedule = model_with_criterion()
+    for _ in range(4):
+        schedule.step()
+    state = get_model_state_dict(model)
+    assert set(state) == set(model.state_dict())
+    distributed_checkpoint.save({"model": state}, checkpoint_id=tmp_path, no_dist=True)
+    again, resumed = model_with_criterion(beta=3)
+    loaded = {"model": get_model_state_dict(again)}
+    distributed_checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(again, loaded["model"])
+    assert resumed.last_step == 4
+    assert again[1].emphasis == model[1].emphasis
+    assert torch.equal(again[0].weight, model[0].weight)
+
+
 def test_resuming_from_the_schedule_alone():
     _, schedule = model_with_criterion()
     for _ in range(4):
         schedule.step()
     state = schedule.state_dict()
-    assert {key: value.dtype for key, value in state.items()} == {"last_step": torch.int64, "start.beta": torch.float64}
+    assert {key: (value.dtype, value.device.type) for key, value in state.items()} == {"_extra_state": (torch.float64, "cpu")}
     again, resumed = model_with_criterion()
     resumed.load_state_dict(state)
     assert again[1].emphasis == edf.DM(beta=8 * (4 / 10), lambd=0.5)
@@ -205,7 +232,7 @@ def test_state_survives_a_cast_of_the_model():
     model, schedule = model_with_criterion(beta=0.7)
     model.to(torch.bfloat16)
     schedule.step()
-    assert schedule.state_dict()["start.beta"].item() == 0.7
+    assert schedule.state_dict()["_extra_state"][-1].item() == 0.7
     assert model[1].emphasis_params[1].item() == 0.7 + (8 - 0.7) * 0.1
 
 
@@ -214,21 +241,26 @@ def test_states_that_do_not_fit():
     schedule = Linear(criterion, steps=4, lambd=2)
     schedule.step()
     before = criterion.emphasis
-    with pytest.raises(RuntimeError, match=r"Missing key.*schedule.last_step"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*schedule._extra_state"):
         criterion.load_state_dict(criterion_at().state_dict())
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*schedule.last_step"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*schedule._extra_state"):
         criterion_at().load_state_dict(criterion.state_dict())
-    other = criterion_at()
+    other, both = criterion_at(), criterion_at()
     Linear(other, steps=4, beta=2)
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*start.lambd.*Unexpected key.*start.beta"):
-        criterion.load_state_dict(other.state_dict())
+    Linear(both, steps=4, beta=2, lambd=2)
+    states = [other.state_dict()["schedule._extra_state"], both.state_dict()["schedule._extra_state"]]
+    for state in (*states, torch.tensor(1.0), torch.empty(0), torch.zeros(2), {"last_step": 1}):
+        with pytest.raises(
+            RuntimeError, match=r"schedule: Linear: expected the state of a schedule of lambd, got another one's"
+        ):
+            criterion.load_state_dict({"schedule._extra_state": state})
+    wrong = criterion.state_dict()["schedule._extra_state"].clone()
+    wrong[0], wrong[-1] = 0, -3
     with pytest.raises(RuntimeError, match=r"schedule: DM: expected lambd >= 0, got -3"):
-        criterion.load_state_dict(
-            {**criterion.state_dict(), "schedule.last_step": torch.tensor(0), "schedule.start.lambd": torch.tensor(-3.0)}
-        )
+        criterion.load_state_dict({"schedule._extra_state": wrong})
     assert criterion.emphasis == before
     assert schedule.last_step == 1
-    assert schedule.state_dict()["start.lambd"] == 0.5
+    assert schedule.values_at(0) == {"lambd": 0.5}
     criterion.load_state_dict({}, strict=False)
     assert schedule.last_step == 1
 
