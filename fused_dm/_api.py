@@ -456,12 +456,9 @@ class DMLoss(torch.nn.Module):
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        _validation.check_options(reduction, normalizer, eps, label_smoothing)
-        _validation.check_transform(softcap, logit_scale)
-        _validation.check_impl(impl)
-        _validation.check_ignore_index(ignore_index)
+        _validation.check_eps(eps)
         self._emphasis = _validation.check_emphasis(emphasis)
-        self.eps = _default_eps(self.emphasis, eps)
+        self._eps = _default_eps(self.emphasis, eps)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.softcap = softcap
@@ -477,6 +474,14 @@ class DMLoss(torch.nn.Module):
         _validation.check_tensor_or_none("sample_weight", sample_weight)
         self.register_buffer("weight", weight)
         self.register_buffer("sample_weight", sample_weight)
+        self._check(normalizer)
+
+    def _check(self, normalizer: float | Tensor | None) -> None:
+        """Whether the settings, which may have been assigned since, are possible."""
+        _validation.check_options(self.reduction, normalizer, self.eps, self.label_smoothing)
+        _validation.check_transform(self.softcap, self.logit_scale)
+        _validation.check_impl(self.impl)
+        _validation.check_ignore_index(self.ignore_index)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DMLoss":
         params = self.emphasis_params
@@ -499,6 +504,18 @@ class DMLoss(torch.nn.Module):
     @emphasis.setter
     def emphasis(self, emphasis: edf.EDF | str) -> None:
         self.set_emphasis(emphasis)
+
+    @property
+    def eps(self) -> float:
+        """What is added to 2 q; see `dm_loss`. It may be assigned, as a number or None, and is in the buffer then."""
+        return self._eps
+
+    @eps.setter
+    @torch.no_grad()
+    def eps(self, eps: float | None) -> None:
+        _validation.check_eps(eps)
+        self._eps = _default_eps(self.emphasis, eps)
+        self.emphasis_params[0].fill_(self._eps)
 
     @torch.no_grad()
     def set_emphasis(self, emphasis: edf.EDF | str) -> None:
@@ -535,10 +552,8 @@ class DMLoss(torch.nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | DMOutput:
         """The loss; see `dm_loss`. `sample_weight` and `normalizer`, if given, replace those of the module."""
-        if normalizer is None:
-            normalizer = self.normalizer
-        else:
-            _validation.check_options(self.reduction, normalizer, None, 0.0)
+        normalizer = self.normalizer if normalizer is None else normalizer
+        self._check(normalizer)
         return _compute(
             logits,
             target,

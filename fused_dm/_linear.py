@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _linear_operators, _operators, _validation, edf, reference
-from ._api import DMLoss, _default_eps, _emphasis, _normalizer, _params, _transform
+from ._api import DMLoss, _bound, _default_eps, _emphasis, _normalizer, _params, _transform
 from ._loss import Problem, Received, coefficients_of, of_margins, received, row_weights, weights_of
 
 # A weight of exp(60) leaves fp32 a factor of 1e12 for row weights and for sums over rows.
@@ -189,6 +189,8 @@ def _compute(
     rows = input.reshape(-1, input.shape[-1])
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
     divisor = _normalizer(normalizer, input.device)
+    if params is not None and params.device != input.device:
+        params = None
     if impl == "reference":
         if skip_tolerance:
             raise ValueError(
@@ -197,20 +199,20 @@ def _compute(
         loss, *rest = reference.dm_loss(
             F.linear(rows, linear_weight, linear_bias),
             labels,
-            emphasis,
+            emphasis if params is None else _bound(emphasis, params),
             weight=weight,
             sample_weight=row_weight,
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=divisor,
-            eps=eps,
+            eps=eps if params is None else params[0],
             softcap=softcap,
             logit_scale=logit_scale,
         )
         got, skipped = Received(*rest), torch.zeros((), device=input.device)
     else:
         dtype = input.dtype if autocast is None or input.dtype == torch.float64 else autocast
-        if params is None or params.device != input.device:
+        if params is None:
             values = emphasis.params if isinstance(emphasis, edf.EDF) else ()
             params = _params((eps, *values), input.device)
         in_forward = not recompute and reduction != "none"
@@ -510,10 +512,11 @@ class LinearDMLoss(DMLoss):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | LinearDMOutput:
         """The loss; see `linear_dm_loss`. `sample_weight` and `normalizer`, if given, replace those of the module."""
-        if normalizer is None:
-            normalizer = self.normalizer
-        else:
-            _validation.check_options(self.reduction, normalizer, None, 0.0)
+        normalizer = self.normalizer if normalizer is None else normalizer
+        self._check(normalizer)
+        _validation.check_linear_options(
+            self.recompute, self.skip_tolerance, self.drop_ignored, self.max_logits_bytes, self.reduction
+        )
         return _compute(
             input,
             linear_weight,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,8 @@ INTEGER_DTYPES = (
     torch.uint64,
 )
 TRITON_DEVICES = ("cuda", "xpu")
+# math.isfinite would break a compiled graph where the number changes, and passes integers that no float holds.
+_LARGEST = torch.finfo(torch.float64).max
 # Looked up once, here: torch 2.11 cannot trace the search for a module.
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -52,6 +53,13 @@ def check_impl(impl: str | None) -> None:
         raise ValueError(f"impl: expected None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
+def _check_dense(name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+
+
 def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
@@ -66,9 +74,8 @@ def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -
         )
     if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
-    for name, value in (("logits", logits), ("target", target)):
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+    _check_dense("logits", logits)
+    _check_dense("target", target)
     if logits.dim() < 1:
         raise ValueError("logits: expected shape (V), (N, V) or (N, V, d1, ..., dk), got a 0-d tensor")
     shape = tuple(logits.shape)
@@ -92,8 +99,7 @@ def check_linear(
     for name, value in {**layer, "target": target}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+        _check_dense(name, value)
         if value.device != input.device:
             raise ValueError(f"{name}: expected device {input.device}, that of input, got {value.device}")
         if is_batched(value):
@@ -107,6 +113,8 @@ def check_linear(
             raise TypeError(f"{name}: expected dtype {input.dtype}, that of input, got {value.dtype}")
     if input.dim() < 1:
         raise ValueError("input: expected shape (..., H), got a 0-d tensor")
+    if input.shape[-1] == 0:
+        raise ValueError(f"input: expected shape (..., H), H at least 1, got {tuple(input.shape)}")
     features = input.shape[-1]
     if linear_weight.dim() != 2 or linear_weight.shape[1] != features or linear_weight.shape[0] == 0:
         raise ValueError(
@@ -182,6 +190,7 @@ def _check_weights(
         check_tensor_or_none(name, value)
         if value is None:
             continue
+        _check_dense(name, value)
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
         if tuple(value.shape) != shape:
@@ -207,18 +216,22 @@ def check_options(reduction: str, normalizer: float | Tensor | None, eps: float 
                 raise ValueError("normalizer: expected a tensor that does not require grad; it is a constant to autograd")
         elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
             raise TypeError(f"normalizer: expected a number or a 0-d tensor, got {normalizer!r}")
-        elif not 0 < normalizer < math.inf:  # math.isfinite would break a compiled graph where the number changes
+        elif not 0 < normalizer <= _LARGEST:
             raise ValueError(f"normalizer: expected a finite number above 0, got {normalizer!r}")
-    if eps is not None:
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-            raise TypeError(f"eps: expected a number or None, got {eps!r}")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps: expected a finite number, at least 0, got {eps!r}")
+    check_eps(eps)
     if label_smoothing != 0:
         raise ValueError(
             f"label_smoothing: expected 0, got {label_smoothing!r}; smoothed labels change the direction of the gradient "
             "and cannot be written as an emphasis w(p)"
         )
+
+
+def check_eps(eps: float | None) -> None:
+    if eps is not None:
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise TypeError(f"eps: expected a number or None, got {eps!r}")
+        if not 0 <= eps <= _LARGEST:
+            raise ValueError(f"eps: expected a finite number, at least 0, got {eps!r}")
 
 
 def check_transform(softcap: float | Tensor | None, logit_scale: float | Tensor | None) -> None:
@@ -234,7 +247,7 @@ def check_transform(softcap: float | Tensor | None, logit_scale: float | Tensor 
                 raise ValueError(f"{name}: expected a tensor that does not require grad; it is a constant to autograd")
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, a 0-d tensor or None, got {value!r}")
-        elif not 0 < value < math.inf:
+        elif not 0 < value <= _LARGEST:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 

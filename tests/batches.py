@@ -127,3 +127,10 @@ def run(impl: str, logits: Tensor, target: Tensor, emphasis: Any, dloss: Tensor 
     output = fused_dm.dm_loss(leaf, target.to(device), emphasis, impl=impl, return_output=True, **options)
     output.loss.backward(torch.ones_like(output.loss) if dloss is None else dloss.to(output.loss))
     return output, leaf.grad
+
+
+def with_assigned(criterion, settings):
+    """The module with settings that its constructor did not see."""
+    for name, value in settings.items():
+        setattr(criterion, name, value)
+    return criterion

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from batches import make, with_assigned
+from tolerance import compare, expected
 
 from fused_dm import DMLoss, dm_loss, edf, margin
 
@@ -25,6 +27,18 @@ DM = edf.DM(beta=8, lambd=0.5)
         (LOGITS, LOGITS, TypeError, r"target: expected labels of an integer dtype.*probability targets"),
         (LOGITS, TARGET.bool(), TypeError, r"target: expected an integer dtype, got torch.bool"),
         (LOGITS.to_sparse(), TARGET, TypeError, r"logits: expected a dense tensor, got torch.sparse_coo"),
+        (
+            torch.nested.nested_tensor([LOGITS[0], LOGITS[0]], layout=torch.jagged),
+            TARGET,
+            TypeError,
+            r"logits: expected a dense tensor, got a nested one",
+        ),
+        (
+            LOGITS,
+            torch.nested.nested_tensor([TARGET], layout=torch.jagged),
+            TypeError,
+            r"target: expected a dense tensor, got a nested one",
+        ),
         (torch.tensor(1.0), TARGET, ValueError, r"logits: expected shape \(V\).*got a 0-d tensor"),
         (LOGITS, TARGET[:3], ValueError, r"target: expected shape \(4,\) for logits of shape \(4, 5\), got \(3,\)"),
         (LOGITS[0], TARGET, ValueError, r"target: expected shape \(\) for logits of shape \(5,\), got \(4,\)"),
@@ -83,6 +97,15 @@ def test_logits_and_target(logits, target, error, message):
             ValueError,
             r"normalizer: expected device cpu, that of logits, got meta",
         ),
+        (
+            {"reduction": "sum", "normalizer": 10**400},
+            ValueError,
+            r"normalizer: expected a finite number above 0, got 10000",
+        ),
+        ({"eps": 10**400}, ValueError, r"eps: expected a finite number, at least 0, got 10000"),
+        ({"softcap": 10**400}, ValueError, r"softcap: expected a finite number above 0, got 10000"),
+        ({"logit_scale": 0}, ValueError, r"logit_scale: expected a finite number above 0, got 0"),
+        ({"weight": torch.ones(5).to_sparse()}, TypeError, r"weight: expected a dense tensor, got torch.sparse_coo"),
         ({"eps": -1.0}, ValueError, r"eps: expected a finite number, at least 0, got -1.0"),
         ({"eps": float("inf")}, ValueError, r"eps: expected a finite number, at least 0, got inf"),
         ({"eps": "small"}, TypeError, r"eps: expected a number or None, got 'small'"),
@@ -95,6 +118,27 @@ def test_options(options, error, message):
         dm_loss(LOGITS, TARGET, DM, **options)
     with pytest.raises(error, match=message):
         DMLoss(DM, **options)(LOGITS, TARGET)
+    # Torch itself looks at what a buffer gets.
+    with pytest.raises(error, match=f"{message}|cannot assign '(list|float)'"):
+        with_assigned(DMLoss(DM), options)(LOGITS, TARGET)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
+def test_an_assigned_eps_is_computed(impl):
+    logits, target = make(6, 9)
+    criterion = DMLoss(DM, impl=impl)
+    before = criterion.emphasis_params
+    for eps, number in ((0.3, 0.3), (None, 1e-6)):
+        criterion.eps = eps
+        assert criterion.eps == number
+        assert f"eps={number}" in repr(criterion)
+        leaf = logits.clone().requires_grad_()
+        criterion(leaf, target).backward()
+        truth = expected(logits, target, DM, eps=number)
+        compare("dlogits", leaf.grad, truth.dlogits, truth.allowed["dlogits"])
+    assert criterion.emphasis_params is before
+    criterion.set_emphasis("dm:beta=2,lambd=1")
+    assert criterion.emphasis_params.tolist() == [1e-6, 2, 1]
 
 
 @pytest.mark.parametrize(

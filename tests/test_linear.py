@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import DTYPES, device_of
+from batches import DTYPES, device_of, with_assigned
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tolerance import check_linear, compare, expected_linear
@@ -635,6 +635,7 @@ def test_rows_of_a_block(rows, classes, itemsize, size, on_cpu, expected_rows):
         ({"input": [1.0]}, TypeError, "input: expected a Tensor, got list"),
         ({"input": torch.zeros(4, 3, dtype=torch.long)}, TypeError, "input: expected dtype float16.*got torch.int64"),
         ({"input": torch.zeros(())}, ValueError, "input: expected shape .*, got a 0-d tensor"),
+        ({"input": torch.zeros(4, 0)}, ValueError, r"input: expected shape .*, H at least 1, got \(4, 0\)"),
         ({"linear_weight": torch.zeros(5, 4)}, ValueError, r"linear_weight: expected shape \(V, 3\).*got \(5, 4\)"),
         ({"linear_weight": torch.zeros(0, 3)}, ValueError, r"linear_weight: expected shape \(V, 3\), V at least 1"),
         (
@@ -675,6 +676,20 @@ def test_wrong_arguments(change, error, message):
     }
     with pytest.raises(error, match=message):
         linear_dm_loss(**arguments | change)
+    if change.keys() <= {"input", "linear_weight", "linear_bias", "target", "weight", "sample_weight"}:
+        return
+    with pytest.raises(error, match=message):
+        with_assigned(LinearDMLoss(DM), change)(arguments["input"], arguments["linear_weight"], arguments["target"])
+
+
+@pytest.mark.parametrize("impl", [*FUSED, "reference"])
+def test_the_parameters_are_those_of_the_buffer(impl):
+    x, w, _, target = (tensor.to(device_of(impl)) for tensor in layer())
+    criterion, other = (LinearDMLoss(density, eps=eps, impl=impl) for density, eps in ((DM, 0.0), ("dm:beta=1,lambd=2", 0.1)))
+    other = other.to(x.device)
+    loss = torch.func.functional_call(criterion, {"emphasis_params": other.emphasis_params}, (x, w, target))
+    assert torch.equal(loss, other(x, w, target))
+    assert not torch.equal(loss, criterion(x, w, target))
 
 
 def test_vmap_is_refused():
