@@ -180,6 +180,23 @@ def test_sums_products_and_multiples():
         torch.testing.assert_close(emphasis.loss(log_p, log_q), reported, **same)
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.5, 0.501), (0.5, 0.5 + 1e-9), (1e-9, 2e-9), (0, 1e-12), (1 - 1e-9, 1), (0.3, 0.3 + 1e-6), (0, 1)]
+)
+def test_intervals_that_are_narrow_are_measured(low, high):
+    width = high - low
+    # An edge is known to the rounding of its margin m: to |m| eps p q, and to the rounding of p.
+    allowed = 4 * (1 - math.log(max(low, 1e-12))) * torch.finfo(torch.float64).eps * high
+    one = edf.Uniform().truncate(low, high)
+    assert one.integral == pytest.approx(width, abs=allowed + 1e-12 * width, rel=0)
+    assert one.variance == pytest.approx(width - width**2, abs=allowed + 1e-12 * width, rel=0)
+    assert low - allowed <= one.mode <= high + allowed
+    truth = high**2 - low**2 - 2 * (high**3 - low**3) / 3  # of w = 2 p q
+    assert edf.MAE().truncate(low, high).integral == pytest.approx(truth, abs=allowed * high + 1e-12 * truth, rel=0)
+    twice = one + 3 * edf.Uniform().truncate(low / 2 + 0.4, low / 2 + 0.4 + width / 4)
+    assert twice.integral == pytest.approx(1.75 * width, abs=4 * allowed + 1e-15 + 1e-12 * width, rel=0)
+
+
 def test_truncation_holds_the_loss_constant():
     emphasis = edf.CCE().truncate(0.2, 0.7)
     inside = (P > 0.2) & (P <= 0.7)

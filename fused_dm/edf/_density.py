@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Union
 import torch
 from torch import Tensor
 
-from ._forms import FAMILIES, Family, log
+from ._forms import FAMILIES, Family, log, log_complement
 from ._measure import Measures, exp, measure
 
 
@@ -32,7 +32,7 @@ def number(owner: object, name: str, value: Any) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _measures(emphasis: "EDF") -> Measures:
-    return measure(emphasis.log_weight)
+    return measure(emphasis.log_weight, emphasis._jumps())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +168,10 @@ class EDF:
         """The mode where there is a formula for it."""
         return None
 
+    def _jumps(self) -> tuple[float, ...]:
+        """Some p where the weight jumps: an interval between two may be too narrow to be found."""
+        return ()
+
     @property
     def integral(self) -> float:
         """The integral of w over p in (0, 1); inf where it diverges."""
@@ -279,6 +283,9 @@ class Composition(EDF):
     def forms(self) -> Family:
         """The functions of (log_p, log_q, *params)."""
         return Family(self._log_weight, self._loss if self.has_loss else None)
+
+    def _jumps(self) -> tuple[float, ...]:
+        return tuple(jump for member in self.members for jump in member._jumps())
 
     def log_weight(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return self._log_weight(log_p, log_q, *self.params)
@@ -484,13 +491,16 @@ class Truncated(Composition):
     def has_loss(self) -> bool:
         return self.part.has_loss
 
+    def _jumps(self) -> tuple[float, ...]:
+        return (self.low, self.high, *super()._jumps())
+
     def weight(self, p: Tensor) -> Tensor:
         return torch.where((p > self.low) & (p <= self.high), self.part.weight(p), torch.zeros_like(p))
 
     def _log_weight(self, log_p: Tensor, log_q: Tensor, *params: Any) -> Tensor:
         low, high, *rest = params
         log_w = self.part.forms.log_weight(log_p, log_q, *rest)
-        inside = (log_p > log(low)) & (log_q >= log(1 - high))
+        inside = (log_p > log(low)) & (log_q >= log_complement(high))
         return torch.where(inside, log_w, torch.full_like(log_w, -math.inf))
 
     def _loss(self, log_p: Tensor, log_q: Tensor, *params: Any) -> Tensor:
@@ -498,7 +508,7 @@ class Truncated(Composition):
         loss = self.part.forms.loss
         if loss is None:
             return super()._loss(log_p, log_q)
-        return loss(log_p.clamp(log(low), log(high)), log_q.clamp(log(1 - high), log(1 - low)), *rest)
+        return loss(log_p.clamp(log(low), log(high)), log_q.clamp(log_complement(high), log_complement(low)), *rest)
 
 
 @dataclasses.dataclass(frozen=True)

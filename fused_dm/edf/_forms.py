@@ -38,6 +38,13 @@ def log(value: Any) -> Any:
     return math.log(value) if value > 0 else -math.inf
 
 
+def log_complement(value: Any) -> Any:
+    """log(1 - value) of a parameter, a float or a 0-d tensor, with all digits near 0; -inf for 1."""
+    if isinstance(value, Tensor):
+        return torch.log1p(-value)
+    return math.log1p(-value) if value < 1 else -math.inf
+
+
 def _log1p(value: Any) -> Any:
     return torch.log1p(value) if isinstance(value, Tensor) else math.log1p(value)
 

@@ -6,7 +6,7 @@ ends within reach, and whatever has not decayed there diverges.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,10 +72,18 @@ def _logs(margin: Tensor) -> tuple[Tensor, Tensor]:
 MOST_PANELS = 1 << 16
 
 
-def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float) -> float:
+def _around(jumps: Sequence[float]) -> Tensor:
+    """The t of jumps, given as p, and points between them, so that each interval has some."""
+    p = _double((0.0, *sorted(jumps), 1.0))
+    t = torch.asinh(p.log() - torch.log1p(-p)).clamp(-_END, _END)
+    return torch.cat([t, (t[:-1] + t[1:]) / 2])
+
+
+def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float, around: Tensor) -> float:
     """log of the integral over p in (0, 1) of exp(log_weight), by bisecting panels until two rules agree.
 
-    The panels are narrow around the peak, t = `peak`: those of a sharp one could miss it otherwise.
+    The panels are narrow around the peak, t = `peak`: those of a sharp one could miss it otherwise. Points `around` jumps are
+    ends of panels.
     """
 
     def log_density(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +97,7 @@ def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float) -
     gauss[1::2] = torch.cat([_double(_GAUSS), _double(_GAUSS[-2::-1])])
     steps = torch.logspace(-15, -1, 29, dtype=torch.float64, device="cpu")
     panels = torch.linspace(-_END, _END, 401, dtype=torch.float64, device="cpu")
-    panels = torch.cat([panels, peak - steps, peak + steps]).clamp(-_END, _END).unique()
+    panels = torch.cat([panels, around, peak - steps, peak + steps]).clamp(-_END, _END).unique()
     left, right = panels[:-1], panels[1:]
     ends = log_density(panels)[0]
     top = ends.max().item()
@@ -121,13 +129,13 @@ def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float) -
     return top + math.log(total) if total > 0 else -math.inf
 
 
-def _largest(log_weight: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
-    """The t of the largest log_weight, and its value."""
+def _largest(log_weight: Callable[[Tensor, Tensor], Tensor], around: Tensor) -> tuple[float, float]:
+    """The t of the largest log_weight, and its value. Points `around` jumps are looked at too."""
 
     def values(t: Tensor) -> Tensor:
         return log_weight(*_logs(torch.sinh(t)))
 
-    t = torch.linspace(-_END, _END, 8001, dtype=torch.float64, device="cpu")
+    t = torch.cat([torch.linspace(-_END, _END, 8001, dtype=torch.float64, device="cpu"), around]).unique()
     at = int(values(t).argmax())
     if at in (0, len(t) - 1):
         return t[at].item(), values(t)[at].item()
@@ -137,16 +145,17 @@ def _largest(log_weight: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, flo
     return t[at].item(), values(t)[at].item()
 
 
-def measure(log_weight: Callable[[Tensor, Tensor], Tensor]) -> Measures:
-    """Measure the weight whose logarithm is `log_weight(log_p, log_q)` on fp64 tensors."""
+def measure(log_weight: Callable[[Tensor, Tensor], Tensor], jumps: Sequence[float] = ()) -> Measures:
+    """Measure the weight whose logarithm is `log_weight(log_p, log_q)` on fp64 tensors, with `jumps` at some p."""
+    around = _around(jumps)
     with torch.no_grad():
-        peak, log_peak = _largest(log_weight)
+        peak, log_peak = _largest(log_weight, around)
         mode = torch.sigmoid(torch.sinh(_double((peak,)))).item()
-        _, log_trough = _largest(lambda log_p, log_q: -log_weight(log_p, log_q))
+        _, log_trough = _largest(lambda log_p, log_q: -log_weight(log_p, log_q), around)
         log_trough = -log_trough
         if log_peak == log_trough:
             return Measures(mode, log_peak, -math.inf, log_peak, log_trough)
-        log_mean = _log_integral(log_weight, peak)
+        log_mean = _log_integral(log_weight, peak, around)
         if log_mean in (math.inf, -math.inf):
             return Measures(mode, log_mean, log_mean, log_peak, log_trough)
 
@@ -155,4 +164,4 @@ def measure(log_weight: Callable[[Tensor, Tensor], Tensor]) -> Measures:
             distance = torch.where(log_w == -math.inf, -math.inf, -(log_w - log_mean).abs())
             return 2 * (log_w.clamp(min=log_mean) + torch.log(-torch.expm1(distance)))
 
-        return Measures(mode, log_mean, _log_integral(log_square, peak), log_peak, log_trough)
+        return Measures(mode, log_mean, _log_integral(log_square, peak, around), log_peak, log_trough)
