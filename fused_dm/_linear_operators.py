@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _cpu, _linear_blocks
 from ._linear_blocks import How, Layer, Wanted, Weighting, layer_of
-from ._operator import operator
+from ._operator import is_batch, operator
 from ._rows import compute_dtype
 
 
@@ -130,8 +130,8 @@ def linear_scale_(gradient: Tensor, factor: Tensor) -> None:
 
 @operator("fused_dm::linear_scaled")
 def linear_scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient times its factor (), rounded to another dtype."""
-    return _linear_blocks.scaled(gradient, factor, dtype)
+    """A gradient times its factor (), rounded to `dtype`, in a tensor of its own."""
+    return _linear_blocks.scaled(gradient.clone() if gradient.dtype == dtype else gradient, factor, dtype)
 
 
 @linear_scaled.register_fake
@@ -166,14 +166,16 @@ def _attach_linear_gradients_setup(ctx, inputs, output) -> None:
 
 
 def _attach_linear_gradients_backward(ctx, dvalue):
-    _once(ctx)
+    several = is_batch(dvalue)
+    if not several:
+        _once(ctx)
     *buffers, factor = ctx.saved_tensors
     factor = factor * dvalue
     gradients: list[Tensor | None] = []
     for buffer, dtype, needed in zip(buffers, ctx.dtypes, ctx.needs_input_grad, strict=False):
         if not needed:
             gradients.append(None)
-        elif buffer.dtype == dtype:
+        elif buffer.dtype == dtype and not several:
             linear_scale_(buffer, factor)
             gradients.append(buffer)
         else:

@@ -31,6 +31,12 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
+def is_batch(tensor: Tensor) -> bool:
+    """Whether it is one of several that are computed at once, by torch.vmap or with `is_grads_batched=True`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 class Operator:
     """An operator with its fake kernel and its derivative.
 

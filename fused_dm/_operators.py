@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu, _launch
-from ._operator import operator
+from ._operator import is_batch, operator
 from ._rows import compute_dtype
 
 
@@ -39,11 +39,16 @@ def _gradient_like(logits: Tensor) -> Tensor:
     return logits.new_empty_strided(logits.shape, strides)
 
 
-def _only_once(ctx) -> None:
-    """Refuse a second backward, and one that is itself to be differentiated, of an operator whose backward uses up a buffer."""
+def _only_once(ctx, dvalue: Tensor) -> None:
+    """Refuse a second backward, several at once, and one that is itself to be differentiated: it would use up a buffer."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "dm_loss: create_graph=True asks for a second derivative; the gradient is defined, not derived, and has none"
+        )
+    if is_batch(dvalue):
+        raise RuntimeError(
+            "dm_loss(inplace=True): expected one derivative of the loss, got several at once (is_grads_batched=True), whose "
+            "gradients the logits' memory cannot hold; pass inplace=False"
         )
     if getattr(ctx, "consumed", False):
         raise RuntimeError(
@@ -229,7 +234,7 @@ def _attach_overwriting_setup(ctx, inputs, output) -> None:
 
 
 def _attach_overwriting_backward(ctx, dvalue):
-    _only_once(ctx)
+    _only_once(ctx, dvalue)
     dlogits, target, statistics, coefficient, transform = ctx.saved_tensors
     margin_gradient_(dlogits, target, statistics, -_times(coefficient, dvalue), ctx.ignore_index, ctx.impl, transform)
     return dlogits, None, None, None, None, None, None, None
@@ -290,6 +295,19 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
         _cpu.scale_rows_(matrix, coefficient / norm)
 
 
+@operator("fused_dm::scaled_rows")
+def scaled_rows(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> Tensor:
+    """What `scale_rows_` makes of a copy of `matrix`."""
+    scaled = matrix.clone()
+    scale_rows_(scaled, coefficient, norm, dvalue)
+    return scaled
+
+
+@scaled_rows.register_fake
+def _(matrix, coefficient, norm, dvalue):
+    return torch.empty_like(matrix)
+
+
 @operator("fused_dm::attach_direction2", returns="value")
 def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor, norm: Tensor) -> Tensor:
     """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`."""
@@ -306,7 +324,9 @@ def _attach_direction_setup(ctx, inputs, output) -> None:
 
 
 def _attach_direction_backward(ctx, dvalue):
-    _only_once(ctx)
+    if is_batch(dvalue):
+        return scaled_rows(*ctx.saved_tensors, dvalue), None, None, None, None
+    _only_once(ctx, dvalue)
     direction, coefficient, norm = ctx.saved_tensors
     scale_rows_(direction, coefficient, norm, dvalue)
     return direction, None, None, None, None
@@ -461,7 +481,7 @@ def _attach_rows_setup(ctx, inputs, output) -> None:
 
 def _attach_rows_backward(ctx, dvalue):
     if ctx.inplace:
-        _only_once(ctx)
+        _only_once(ctx, dvalue)
         dlogits, target, rows, totals, transform = ctx.saved_tensors
         triton_gradient_(dlogits, target, rows, totals, dvalue, ctx.ignore_index, transform)
     else:
@@ -555,7 +575,7 @@ def _attach_overwritten_setup(ctx, inputs, output) -> None:
 
 
 def _attach_overwritten_backward(ctx, dvalue):
-    _only_once(ctx)
+    _only_once(ctx, dvalue)
     (dlogits,) = ctx.saved_tensors
     triton_multiply_(dlogits, dvalue)
     return dlogits, None, None
@@ -605,7 +625,11 @@ def _attach_gradient_setup(ctx, inputs, output) -> None:
 
 
 def _attach_gradient_backward(ctx, dvalue):
-    _only_once(ctx)
+    if is_batch(dvalue):
+        logits, _, target, rows, totals, transform = ctx.saved_tensors
+        dlogits = triton_gradient(logits, target, rows, totals, dvalue, ctx.ignore_index, transform)
+        return dlogits, None, None, None, None, None, None, None
+    _only_once(ctx, dvalue)
     logits, dlogits, target, rows, totals, transform = ctx.saved_tensors
     triton_rescale_(dlogits, logits, target, rows, totals, dvalue, ctx.ignore_index, transform)
     return dlogits, None, None, None, None, None, None, None

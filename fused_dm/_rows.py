@@ -98,8 +98,9 @@ def row_terms(
     larger = margin.abs().neg_().exp_().log1p_().neg_()
     log_p, log_q = margin.clamp(max=0).add_(larger), larger.sub_(margin.clamp(min=0))
     log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
-    value = -log_p if loss is None else loss(log_p, log_q)
     q = torch.exp(log_q)
+    # Last, as a function of the user's may change what it is given.
+    value = -log_p if loss is None else loss(log_p, log_q)
     # Where q and eps are both 0, the quotient is nan.
     unit = torch.where(eps == 0, 0.5, q / torch.add(eps, q, alpha=2))
     log_w = torch.where(margin.isnan(), margin, log_w)

@@ -692,6 +692,25 @@ def test_the_parameters_are_those_of_the_buffer(impl):
     assert not torch.equal(loss, criterion(x, w, target))
 
 
+# torch says that its generic rule for batches is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_several_derivatives_at_once(impl, dtype, recompute):
+    leaves = [tensor.to(device_of(impl), dtype).requires_grad_() for tensor in layer()[:3]]
+    target = layer()[3].to(leaves[0].device)
+
+    def loss():
+        return linear_dm_loss(*leaves[:2], target, DM, linear_bias=leaves[2], impl=impl, recompute=recompute)
+
+    derivatives = torch.tensor([1.0, -2.0, 0.5], device=leaves[0].device)
+    together = torch.autograd.grad(loss(), leaves, derivatives, is_grads_batched=True)
+    for number, derivative in enumerate(derivatives):
+        for several, alone in zip(together, torch.autograd.grad(loss(), leaves, derivative), strict=True):
+            torch.testing.assert_close(several[number], alone)
+
+
 def test_vmap_is_refused():
     with pytest.raises(ValueError, match=r"input: expected a tensor outside torch\.vmap"):
         torch.vmap(lambda x: linear_dm_loss(x, torch.zeros(5, 3), torch.zeros(4, dtype=torch.long), DM))(torch.zeros(2, 4, 3))

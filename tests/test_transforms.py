@@ -250,6 +250,32 @@ def test_an_ensemble_of_criteria(impl, options, emphases):
         torch.testing.assert_close(gradient, plain.grad)
 
 
+# torch says that its generic rule for batches is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
+def test_several_derivatives_at_once(impl, options, emphasis, dtype, inplace):
+    """With `is_grads_batched=True`, as the rows of a Jacobian."""
+    logits, target = make(6, 9, dtype)
+    leaf = leaf_of(logits, impl)
+
+    def loss():
+        return dm_loss(leaf * 2, target.to(leaf.device), emphasis, impl=impl, inplace=inplace, **options)
+
+    derivatives = torch.linspace(-1, 2, 3 * loss().numel(), device=leaf.device, dtype=loss().dtype).view(3, *loss().shape)
+    # A CPU keeps the direction apart from what it is multiplied by.
+    if inplace and not (impl == "cpu" and dtype != torch.float64 and isinstance(emphasis, edf.EDF)):
+        with pytest.raises(
+            RuntimeError, match=r"dm_loss\(inplace=True\): expected one derivative of the loss, got several at once"
+        ):
+            torch.autograd.grad(loss(), leaf, derivatives, is_grads_batched=True)
+        return
+    (jacobian,) = torch.autograd.grad(loss(), leaf, derivatives, is_grads_batched=True)
+    for row, derivative in zip(jacobian, derivatives, strict=True):
+        torch.testing.assert_close(row, torch.autograd.grad(loss(), leaf, derivative)[0])
+
+
 @each
 def test_vmap_refuses_to_overwrite(impl, options, emphasis):
     logits = torch.zeros(3, 6, 9, device=device_of(impl), requires_grad=True) * 1
