@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from batches import make, with_assigned
+from batches import device_of, make, with_assigned
 from tolerance import compare, expected
 
 from fused_dm import DMLoss, dm_loss, edf, margin
@@ -126,14 +126,14 @@ def test_options(options, error, message):
 @pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 def test_an_assigned_eps_is_computed(impl):
     logits, target = make(6, 9)
-    criterion = DMLoss(DM, impl=impl)
+    criterion = DMLoss(DM, impl=impl).to(device_of(impl))
     before = criterion.emphasis_params
     for eps, number in ((0.3, 0.3), (None, 1e-6)):
         criterion.eps = eps
         assert criterion.eps == number
         assert f"eps={number}" in repr(criterion)
-        leaf = logits.clone().requires_grad_()
-        criterion(leaf, target).backward()
+        leaf = logits.to(device_of(impl), copy=True).requires_grad_()
+        criterion(leaf, target.to(leaf.device)).backward()
         truth = expected(logits, target, DM, eps=number)
         compare("dlogits", leaf.grad, truth.dlogits, truth.allowed["dlogits"])
     assert criterion.emphasis_params is before
