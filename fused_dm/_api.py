@@ -143,10 +143,10 @@ def _rows_of(logits: Tensor, impl: str) -> Tensor:
         return logits.unsqueeze(0)
     if logits.dim() == 2:
         return logits
-    if impl == "triton" and logits.numel():
+    if impl == "triton":
         return logits.flatten(2)
     rows = logits.movedim(1, -1)
-    if impl == "cpu" and logits.numel() and not rows.is_contiguous():
+    if impl == "cpu" and not _validation.is_contiguous(rows):
         return logits.flatten(2)
     return rows.reshape(-1, logits.shape[1])
 

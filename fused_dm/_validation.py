@@ -266,6 +266,18 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
+def is_contiguous(tensor: Tensor) -> bool:
+    """Whether the tensor is contiguous; in compiled code without a question about its first size, which may depend on data."""
+    if not torch.compiler.is_compiling():
+        return tensor.is_contiguous()
+    inner = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != inner:
+            return False
+        inner *= size
+    return tensor.stride(0) == inner
+
+
 def check_transforms(logits: Tensor, impl: str) -> None:
     """Refuse the transforms that would lose the gradient: torch.func's do not see an operator's, forward mode gets zeros."""
     if impl == "reference":
@@ -311,7 +323,7 @@ def check_inplace(inplace: bool, logits: Tensor, impl: str) -> None:
     rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         raise ValueError(f"inplace=True: expected logits whose classes are adjacent in memory, got strides {logits.stride()}")
-    if logits.dim() > 2 and not rows.is_contiguous():
+    if logits.dim() > 2 and not is_contiguous(rows):
         raise ValueError(
             "inplace=True: expected spatial logits in the channels-last layout, (N, d1, ..., dk, V) in memory, got strides "
             f"{logits.stride()} for shape {tuple(logits.shape)}"

@@ -137,6 +137,8 @@ def test_export_of_a_number_of_rows_that_depends_on_data(impl):
 PARTS = {
     "rows": lambda logits, keep: logits[keep],
     "rows of a wider buffer": lambda logits, keep: logits[: keep.sum().item(), :-1],
+    "images": lambda logits, keep: logits.view(40, 5, 3, 3)[keep],
+    "images, classes last": lambda logits, keep: logits.view(40, 3, 3, 5)[keep].movedim(-1, 1),
 }
 
 
