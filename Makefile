@@ -31,10 +31,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 faults: $(VENV)/.dev
-	$(BIN)/python tests/planted_faults.py --output bench/results/planted_faults.md
+	$(BIN)/python tests/planted_faults.py --output build/planted_faults.md
 
 fuzz: $(VENV)/.dev
-	$(BIN)/python tests/fuzz.py --cases 50000 --output bench/results/fuzz.md
+	$(BIN)/python tests/fuzz.py --cases 50000 --output build/fuzz.md
 
 # Builds and installs the distributions elsewhere, on Python 3.12 too: PACKAGE_ARGS="--python312 PATH --workdir FOLDER".
 package: $(VENV)/.dev

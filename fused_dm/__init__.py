@@ -1,4 +1,14 @@
-"""Softmax losses whose gradient is designed: derivative manipulation, fused, for very many classes."""
+"""Softmax losses whose gradient is designed: derivative manipulation, fused, for very many classes.
+
+`dm_loss` and the module `DMLoss` take logits, `linear_dm_loss` and `LinearDMLoss` the last layer's input and weight, so that
+the logits never exist all at once. `edf` has the weights w(p), `schedules` ramps of their parameters, `emphasis_report` says
+where a batch's emphasis went, `margin` is the operator underneath, and `reference` is the definition in plain torch::
+
+    >>> import torch
+    >>> from fused_dm import DMLoss
+    >>> criterion = DMLoss("dm:beta=8,lambd=0.5")
+    >>> criterion(torch.randn(4, 10, requires_grad=True), torch.arange(4)).backward()
+"""
 
 from . import edf as edf
 from . import reference as reference

@@ -494,7 +494,20 @@ class DMLoss(torch.nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.emphasis}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, eps={self.eps}"
+        shown = f"{self.emphasis}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, eps={self.eps}"
+        usual = {
+            "normalizer": None,
+            "softcap": None,
+            "logit_scale": None,
+            "inplace": False,
+            "return_output": False,
+            "impl": None,
+        }
+        return shown + self._repr_of(usual)
+
+    def _repr_of(self, usual: dict[str, Any]) -> str:
+        """The settings that are not as usual."""
+        return "".join(f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value)
 
     @property
     def emphasis(self) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:

@@ -501,6 +501,10 @@ class LinearDMLoss(DMLoss):
         self.drop_ignored = drop_ignored
         self.max_logits_bytes = max_logits_bytes
 
+    def extra_repr(self) -> str:
+        usual = {"recompute": False, "skip_tolerance": 0, "drop_ignored": False, "max_logits_bytes": None}
+        return super().extra_repr() + self._repr_of(usual)
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor,

@@ -81,7 +81,9 @@ def check_logits_and_target(logits: Tensor, target: Tensor, ignore_index: int) -
     shape = tuple(logits.shape)
     expected = shape[:1] + shape[2:] if len(shape) > 1 else ()
     if tuple(target.shape) != expected:
-        raise ValueError(f"target: expected shape {expected} for logits of shape {shape}, got {tuple(target.shape)}")
+        classes_last = len(shape) > 2 and tuple(target.shape) == shape[:-1]
+        hint = "; classes come second: pass logits.flatten(0, -2) and target.flatten()" if classes_last else ""
+        raise ValueError(f"target: expected shape {expected} for logits of shape {shape}, got {tuple(target.shape)}{hint}")
     if shape[min(1, len(shape) - 1)] == 0:
         raise ValueError(f"logits: expected at least one class, got shape {shape}")
     if target.device != logits.device:
@@ -355,7 +357,10 @@ def _check_overwritable_in_place(logits: Tensor) -> None:
 def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor]:
     """The EDF that `emphasis` is or names, or the callable itself."""
     if isinstance(emphasis, str):
-        return edf.parse(emphasis)
+        try:
+            return edf.parse(emphasis)
+        except ValueError as error:
+            raise ValueError(f"emphasis: {error}") from None
     if isinstance(emphasis, edf.EDF):
         if type(emphasis) is edf.EDF:
             raise TypeError("emphasis: expected an EDF such as edf.DM(beta=8, lambd=0.5), got the base class EDF")

@@ -402,6 +402,7 @@ def main() -> int:
     print(text)
     if arguments.output:
         command = f"python tests/fuzz.py --cases {arguments.cases} --chunk {arguments.chunk} --seed {arguments.seed}"
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(f"# Fuzzing\n\n`{command}`\n\n{text}")
     return 1 if failures else 0
 

@@ -447,6 +447,7 @@ def main() -> int:
     summary = f"{len(faults)} faults, {len(faults) - missed} noticed, {missed} not noticed"
     print(summary)
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("\n".join(["# Planted faults", "", f"`make faults`: {summary}.", "", *lines]) + "\n")
     return 1 if missed else 0
 

@@ -9,7 +9,7 @@ import torch
 from batches import device_of, make, with_assigned
 from tolerance import compare, expected
 
-from fused_dm import DMLoss, dm_loss, edf, margin
+from fused_dm import DMLoss, LinearDMLoss, dm_loss, edf, margin
 
 LOGITS = torch.zeros(4, 5)
 TARGET = torch.zeros(4, dtype=torch.int64)
@@ -42,7 +42,13 @@ DM = edf.DM(beta=8, lambd=0.5)
         (torch.tensor(1.0), TARGET, ValueError, r"logits: expected shape \(V\).*got a 0-d tensor"),
         (LOGITS, TARGET[:3], ValueError, r"target: expected shape \(4,\) for logits of shape \(4, 5\), got \(3,\)"),
         (LOGITS[0], TARGET, ValueError, r"target: expected shape \(\) for logits of shape \(5,\), got \(4,\)"),
-        (torch.zeros(4, 5, 2), TARGET, ValueError, r"target: expected shape \(4, 2\).*got \(4,\)"),
+        (torch.zeros(4, 5, 2), TARGET, ValueError, r"target: expected shape \(4, 2\).*got \(4,\)$"),
+        (
+            torch.zeros(2, 3, 5),
+            torch.zeros(2, 3, dtype=torch.int64),
+            ValueError,
+            r"target: expected shape \(2, 5\).*got \(2, 3\); classes come second: pass logits.flatten\(0, -2\)",
+        ),
         (torch.zeros(4, 0), TARGET, ValueError, r"logits: expected at least one class, got shape \(4, 0\)"),
         (LOGITS, TARGET.to("meta"), ValueError, r"target: expected device cpu, that of logits, got meta"),
     ],
@@ -123,6 +129,14 @@ def test_options(options, error, message):
         with_assigned(DMLoss(DM), options)(LOGITS, TARGET)
 
 
+def test_what_is_unusual_is_shown():
+    shown = "dm:beta=8,lambd=0.5, reduction='sum_weight', ignore_index=-100, eps=1e-06"
+    assert repr(DMLoss(DM)) == f"DMLoss({shown})"
+    assert repr(DMLoss(DM, softcap=30.0, inplace=True)) == f"DMLoss({shown}, softcap=30.0, inplace=True)"
+    linear = LinearDMLoss(DM, logit_scale=torch.tensor(2.0), recompute=True, max_logits_bytes=1024)
+    assert repr(linear) == f"LinearDMLoss({shown}, logit_scale=tensor(2.), recompute=True, max_logits_bytes=1024)"
+
+
 @pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 def test_an_assigned_eps_is_computed(impl):
     logits, target = make(6, 9)
@@ -151,7 +165,7 @@ def test_an_assigned_eps_is_computed(impl):
         (
             "dn:beta=8",
             ValueError,
-            r"unknown EDF 'dn'; did you mean 'dm'\? Known: dm, exponential, normal, beta, uniform, .*, selfpacedlinear",
+            r"emphasis: unknown EDF 'dn'; did you mean 'dm'\? Known: dm, exponential, normal, beta, .*, selfpacedlinear",
         ),
         ("nothing like it", ValueError, r"unknown EDF 'nothing like it'. Known: dm, "),
         ("dm", ValueError, r"EDF 'dm': expected a value for beta, lambd"),

@@ -16,7 +16,7 @@ PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 @pytest.mark.parametrize(
     "module",
-    [_api, _environment, _linear, _report, edf, edf._check, edf._custom, schedules],
+    [fused_dm, _api, _environment, _linear, _report, edf, edf._check, edf._custom, schedules],
     ids=lambda module: module.__name__,
 )
 def test_docstrings(module):

@@ -160,7 +160,7 @@ class EDF:
 
     @property
     def mode(self) -> float:
-        """The p in [0, 1] where w is largest, the lowest of several."""
+        """The p in [0, 1] where w is largest, the lowest of several; the edge of it where w jumps."""
         known = None if self._own_weight else self._known_mode()
         return _measures(self).mode if known is None else known
 

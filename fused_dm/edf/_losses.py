@@ -382,12 +382,12 @@ class AEL(EDF):
 
 @dataclasses.dataclass(frozen=True)
 class JS(EDF):
-    """Jensen-Shannon divergence of the one-hot label, weighted pi, and the softmax, scaled by 1 / Z.
+    """Jensen-Shannon divergence of the one-hot label, weighted pi, and the softmax, divided by -(1 - pi) log(1 - pi).
 
-    With m = pi + (1 - pi) p and Z = -(1 - pi) log(1 - pi),
+    With m = pi + (1 - pi) p and q = 1 - p,
 
-        f(p) = (-m log m + (1 - pi) (p log p - q log(1 - pi))) / Z
-        w(p) = 2 (1 - pi) / Z p q log(1 + pi / ((1 - pi) p))
+        f(p) = (-m log m + (1 - pi) (p log p - q log(1 - pi))) / (-(1 - pi) log(1 - pi))
+        w(p) = 2 p (1 - p) log(1 + pi / ((1 - pi) p)) / -log(1 - pi)
 
     For noisy labels: pi moves from cross entropy (0) to MAE (1).
 
