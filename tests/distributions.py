@@ -229,6 +229,15 @@ class Stopped(Exception):
     """What comes next needs what has just failed."""
 
 
+def commit() -> str:
+    """Of the source tree, as git describes it."""
+    git = shutil.which("git")
+    if git is None:
+        return "no git to tell the commit"
+    told = subprocess.run([git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"commit {told.stdout.strip()}" if told.returncode == 0 else "not of a commit"
+
+
 class Proof:
     """Runs the steps, prints and keeps their outcomes."""
 
@@ -264,6 +273,7 @@ class Proof:
             "new; where the package is installed, every program checks that it ran on that. A command whose message is given",
             "must fail with it. The seconds are those of a machine that may have been busy.",
             "",
+            f"- **source tree**: {commit()}",
             *(f"- **{name}**: {versions}" for name, versions in self.versions.items()),
             "",
             "| environment | what | command | outcome | s |",
