@@ -178,7 +178,7 @@ def dm_loss(
     scale = torch.zeros((), dtype=torch.float64, device=z.device)
     if reduction == "sum_weight":
         counted = torch.where(counts & (log_w > LOG_FLOOR), log_w, LOG_FLOOR)
-        scale = torch.cat([counted, counted.new_full((1,), LOG_FLOOR)]).amax()
+        scale = torch.nn.functional.pad(counted, (0, 1), value=LOG_FLOOR).amax()
     w = torch.exp(log_w - scale)
     if closed_form:
         value = closed_form(log_p, log_q).double() * torch.exp(-scale)

@@ -348,7 +348,7 @@ class Sum(Composition):
         return torch.stack([part.weight(p) for part in self.parts]).sum(0)
 
     def _log_weight(self, log_p: Tensor, log_q: Tensor, *params: Any) -> Tensor:
-        return torch.logsumexp(torch.stack(self._log_weights(log_p, log_q, params)), 0)
+        return functools.reduce(torch.logaddexp, self._log_weights(log_p, log_q, params))
 
     def _loss(self, log_p: Tensor, log_q: Tensor, *params: Any) -> Tensor:
         total, at = torch.zeros_like(log_p), 0
@@ -398,7 +398,7 @@ class Product(Composition):
         return torch.where((weights == 0).any(0), torch.zeros_like(p), weights.prod(0))
 
     def _log_weight(self, log_p: Tensor, log_q: Tensor, *params: Any) -> Tensor:
-        return torch.stack(self._log_weights(log_p, log_q, params)).sum(0)
+        return functools.reduce(torch.add, self._log_weights(log_p, log_q, params))
 
 
 @dataclasses.dataclass(frozen=True)
