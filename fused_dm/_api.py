@@ -73,7 +73,7 @@ def _normalizer(value: float | Tensor | None, device: torch.device) -> Tensor | 
     return (
         _traced((value,), device)[0]
         if torch.compiler.is_compiling()
-        else torch.full((), value, dtype=torch.float64, device=device)
+        else torch.full((), float(value), dtype=torch.float64, device=device)
     )
 
 
@@ -99,6 +99,8 @@ def _custom(log_weight: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not isinstance(value, Tensor) or value.shape != log_p.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"emphasis: expected log_weight to return a tensor of shape {tuple(log_p.shape)}, got {got}")
+        if value.is_complex():
+            raise ValueError(f"emphasis: expected log_weight to return real numbers, got {value.dtype}")
         return value.to(log_p.dtype)
 
     return checked

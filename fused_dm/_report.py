@@ -11,6 +11,7 @@ from torch import Tensor
 from ._api import DMOutput
 from ._extras import require
 from ._linear import LinearDMOutput
+from ._validation import check_ignore_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +118,12 @@ def _percent(share: float) -> str:
 
 
 def _check(
-    output: DMOutput | LinearDMOutput, target: Tensor, noisy: Tensor | None, thresholds: tuple[float, float], bins: int
+    output: DMOutput | LinearDMOutput,
+    target: Tensor,
+    noisy: Tensor | None,
+    ignore_index: int,
+    thresholds: tuple[float, float],
+    bins: int,
 ) -> None:
     if not isinstance(output, (DMOutput, LinearDMOutput)):
         raise TypeError(f"output: expected a DMOutput, as a loss returns with return_output=True, got {type(output).__name__}")
@@ -131,8 +137,12 @@ def _check(
             raise ValueError(f"{name}: expected shape {shape}, that of the output's rows, got {tuple(value.shape)}")
     if noisy is not None and noisy.dtype != torch.bool:
         raise TypeError(f"noisy: expected dtype bool, True where the label is wrong, got {noisy.dtype}")
-    if not (len(thresholds) == 2 and 0 < thresholds[0] <= thresholds[1] < 1):
+    pair = isinstance(thresholds, (tuple, list)) and len(thresholds) == 2
+    if not pair or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in thresholds):
+        raise TypeError(f"thresholds: expected two numbers, got {thresholds!r}")
+    if not 0 < thresholds[0] <= thresholds[1] < 1:
         raise ValueError(f"thresholds: expected 0 < hard <= easy < 1, got {thresholds}")
+    check_ignore_index(ignore_index)
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins: expected a number of at least 1, got {bins!r}")
 
@@ -187,13 +197,16 @@ def emphasis_report(
         clean labels                    3  75.0 %    74.3 %  x 0.99    0.665
         noisy labels                    1  25.0 %    25.7 %  x 1.03    0.114
     """
-    _check(output, target, noisy, thresholds, bins)
+    _check(output, target, noisy, ignore_index, thresholds, bins)
     valid = target.reshape(-1).cpu() != ignore_index
     prob = output.target_prob.detach().reshape(-1).cpu().double()
     emphasis = output.example_weight.detach().reshape(-1).cpu().double().abs()
     finite = prob.isfinite() & emphasis.isfinite()
     counted = valid & finite
     prob, emphasis = prob[counted], emphasis[counted]
+    if emphasis.any():
+        # Shares do not depend on the size, and squares of it are to be in range.
+        emphasis = emphasis / emphasis.max()
     correct = output.correct.detach().reshape(-1).cpu()[counted]
     total, number = emphasis.sum().item(), prob.numel()
 

@@ -107,7 +107,8 @@ def row_terms(
     sign = valid.to(margin.dtype)
     if weight is not None:
         valid = valid & (weight != 0)
-        sign = torch.where(valid, weight.sign(), 0.0)
+        # The sign of nan would be 0.
+        sign = torch.where(valid, torch.where(weight.isnan(), weight, weight.sign()), 0.0)
         log_w = log_w + torch.where(valid, weight, 1.0).abs().log()
         unit = unit * sign
         if loss is not None:

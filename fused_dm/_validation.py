@@ -221,7 +221,7 @@ def check_options(reduction: str, normalizer: float | Tensor | None, eps: float 
         elif not 0 < normalizer <= _LARGEST:
             raise ValueError(f"normalizer: expected a finite number above 0, got {normalizer!r}")
     check_eps(eps)
-    if label_smoothing != 0:
+    if isinstance(label_smoothing, Tensor) or label_smoothing != 0:
         raise ValueError(
             f"label_smoothing: expected 0, got {label_smoothing!r}; smoothed labels change the direction of the gradient "
             "and cannot be written as an emphasis w(p)"

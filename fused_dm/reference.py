@@ -118,6 +118,14 @@ def _exclusive(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return (lead - total.log())[:, 0], exps / total
 
 
+def _capped(logits: Tensor, softcap: float | Tensor) -> Tensor:
+    """c tanh(z / c), whose derivative keeps its digits where tanh is near 1 or -1."""
+    ratio = logits / softcap
+    # The same number, with the derivative 4 s(2 x) s(-2 x) for s = sigmoid, whose smaller factor is not 1 minus the other.
+    smooth = torch.where(ratio < 0, 2 * torch.sigmoid(2 * ratio) - 1, 1 - 2 * torch.sigmoid(-2 * ratio))
+    return softcap * (torch.tanh(ratio).detach() + (smooth - smooth.detach()))
+
+
 def dm_loss(
     logits: Tensor,
     target: Tensor,
@@ -157,14 +165,19 @@ def dm_loss(
     eps = (0.0 if closed_form else 1e-6) if eps is None else eps
     if logit_scale is not None or softcap is not None:
         logits = logits if logits.dtype == torch.float64 else logits.float()
+    # Torch takes no whole number beyond 64 bits.
+    softcap, logit_scale = (float(c) if isinstance(c, int) else c for c in (softcap, logit_scale))
+    target = target.long()
+    valid = target != ignore_index
+    if logit_scale is not None or softcap is not None:
+        # An ignored row may hold anything, and its derivative is 0.
+        logits = torch.where(valid[:, None], logits, 0)
     if logit_scale is not None:
         logits = logits * logit_scale
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = _capped(logits, softcap)
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
-    target = target.long()
-    valid = target != ignore_index
     label = torch.where(valid, target, 0)[:, None]
     log_p, log_q, log_w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
 

@@ -89,7 +89,10 @@ def _parameters(criterion: torch.nn.Module, name: str) -> dict[str, float]:
 def _number(name: str, parameter: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {parameter} to be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected {parameter} to be a number that fp32 can hold, got {value!r}") from None
 
 
 def _whole(name: str, argument: str, value: Any) -> int:
@@ -165,7 +168,9 @@ class Schedule(torch.nn.Module):
         raise NotImplementedError
 
     def values_at(self, step: int) -> dict[str, float]:
-        """The scheduled parameters after `step` steps, by name."""
+        """The scheduled parameters after `step` steps, at least 0, by name."""
+        if step < 0:
+            raise ValueError(f"{type(self).__name__}: expected a step of at least 0, got {step}")
         stage = bisect.bisect_right(self._milestones, step) - 1
         if stage == len(self._milestones) - 1:
             return {parameter: values[-1] for parameter, values in self._values.items()}
@@ -324,6 +329,8 @@ class Step(Schedule):
 
     def __init__(self, criterion: torch.nn.Module, milestones: Sequence[int], **parameters: Sequence[float]) -> None:
         present = _parameters(criterion, type(self).__name__)
+        if not isinstance(milestones, (tuple, list)):
+            raise TypeError(f"Step: expected a list of milestones, got {milestones!r}")
         for name, values in parameters.items():
             if not isinstance(values, (tuple, list)):
                 raise TypeError(f"Step: expected a list of values of {name}, one for each milestone, got {values!r}")

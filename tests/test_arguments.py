@@ -115,6 +115,7 @@ def test_logits_and_target(logits, target, error, message):
         ({"eps": -1.0}, ValueError, r"eps: expected a finite number, at least 0, got -1.0"),
         ({"eps": float("inf")}, ValueError, r"eps: expected a finite number, at least 0, got inf"),
         ({"eps": "small"}, TypeError, r"eps: expected a number or None, got 'small'"),
+        ({"label_smoothing": torch.zeros(2)}, ValueError, r"label_smoothing: expected 0, got tensor"),
         ({"label_smoothing": 0.1}, ValueError, r"label_smoothing: expected 0, got 0.1; smoothed labels change the direction"),
         ({"impl": "cuda"}, ValueError, r"impl: expected None or one of triton, cpu, reference, got 'cuda'"),
     ],
@@ -192,11 +193,30 @@ def test_parameters_of_an_edf():
         edf.IMAE(T=True)
 
 
+def test_a_subclass_without_a_weight():
+    class Mine(edf.EDF):
+        pass
+
+    with pytest.raises(TypeError, match=r"Mine: expected the class to define log_weight\(log_p, log_q\)"):
+        dm_loss(LOGITS, TARGET, Mine())
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_whole_numbers_are_numbers(impl):
+    logits, target = make(6, 9)
+    losses = [
+        dm_loss(logits, target, DM, reduction="sum", normalizer=number, softcap=number, impl=impl) for number in (10**20, 1e20)
+    ]
+    assert torch.equal(*losses)
+
+
 def test_custom_emphasis_of_the_wrong_shape():
     with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return a tensor of shape \(4,\), got \(\)"):
         dm_loss(LOGITS, TARGET, lambda log_p, log_q: log_p.sum())
     with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return a tensor of shape \(4,\), got float"):
         dm_loss(LOGITS, TARGET, lambda log_p, log_q: 0.0)
+    with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return real numbers, got torch.complex64"):
+        dm_loss(LOGITS, TARGET, lambda log_p, log_q: torch.complex(log_p, log_q))
 
 
 def test_set_emphasis():

@@ -587,6 +587,8 @@ def test_a_changed_function_is_another_family():
         (lambda: edf.register(lambda p, q: p), ValueError, r"expected name to be an identifier, got '<lambda>'"),
         (lambda: edf.register(lambda p, q: p, name="cce"), ValueError, r"expected a name that is not taken, got 'cce'"),
         (lambda: edf.register(lambda p, q: p, name="max"), ValueError, r"expected a name that is not taken, got 'max'"),
+        (lambda: edf.register(lambda p, q: p, name=5), ValueError, r"expected name to be an identifier, got 5"),
+        (lambda: edf.register(torch.add, name="a"), TypeError, r"expected log_weight to take \(log_p, log_q, \*parameters\)"),
         (lambda: edf.register(lambda p, q: p, name="a", triton=len), TypeError, r"triton to be a @triton.jit function"),
         (
             lambda: edf.register(lambda p, q: p, name="a", loss=lambda p, q, r: p),
@@ -645,9 +647,17 @@ def test_check_finds_nothing_wrong(emphasis):
 def test_check_in_words():
     words = edf.check(edf.CCE()).words
     assert words.startswith("Hard examples count most. An example at p = 0.05 has weight 1, one at p = 0.5 (middling) 0.53")
-    assert words.endswith("(p near 0), count most; fitted ones (p near 1) do not count.")
+    assert words.endswith("(p = 1e-9), count most; fitted ones (1 - p = 1e-9) do not count.")
     assert edf.check(edf.Exponential(beta=-3)).words.startswith("Easy examples count most.")
     assert "keep 4.6 % of the largest weight" in edf.check(DM).words
+    assert "(p = 1e-9), keep 86 % of the largest weight" in edf.check(edf.GCE(q=0.01)).words
+    for low, high in ((0.6, 0.9), (0.1, 0.4)):
+        narrow = edf.check(edf.CCE().truncate(low, high)).words
+        assert narrow.startswith(
+            "Examples at p = 0.05 (hard) and at p = 0.5 (middling) and at p = 0.95 (easy) do not count, others do. The weight "
+            f"is largest at p = {low}. Hopeless examples, which wrong labels are (p = 1e-9), do not count;"
+        )
+    assert edf.check(edf.Uniform().truncate(0.1, 0.2) * edf.Uniform().truncate(0.3, 0.4)).words == "No example counts."
     assert edf.check(edf.Uniform()).words == "Hard, middling and easy examples count alike."
     assert edf.check(lambda log_p, log_q: 0.0001 * log_q.exp()).words == "Hard, middling and easy examples count alike."
     notes = edf.check(edf.Beta(alpha=0.5, eta=2)).notes
@@ -665,9 +675,10 @@ def test_check_in_words():
         (lambda p, q: p.sum(), ValueError, r"expected log_weight to return a float tensor of shape \(83,\), got torch.float64"),
         (lambda p, q: p > q, ValueError, r"expected log_weight to return a float tensor .* got torch.bool"),
         (3, TypeError, r"check: expected an EDF or a function log_weight\(log_p, log_q\), got 3"),
+        (edf.CCE, TypeError, r"check: expected an EDF or a function log_weight\(log_p, log_q\), got <class"),
         (edf.EDF(), TypeError, r"check: expected an EDF or a function"),
     ],
-    ids=["weight", "loss", "nan", "number", "shape", "dtype", "type", "base"],
+    ids=["weight", "loss", "nan", "number", "shape", "dtype", "type", "class", "base"],
 )
 def test_check_finds(emphasis, error, message):
     with pytest.raises(error, match=message):

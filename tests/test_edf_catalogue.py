@@ -421,6 +421,14 @@ def test_beta_and_exponential_from_what_they_mean(mode, concentration, ratio):
         (lambda: edf.AGCE(1, 0), r"AGCE: expected q > 0, got 0.0"),
         (lambda: edf.AEL(0), r"AEL: expected a > 0, got 0.0"),
         (lambda: edf.JS(1), r"JS: expected 0 < pi < 1, got 1.0"),
+        (lambda: edf.JS(1e-46), r"JS: expected pi to be a normal number of fp32, got 1e-46"),
+        (lambda: edf.GCE(1e-44), r"GCE: expected q to be a normal number of fp32, got 1e-44"),
+        (lambda: edf.TruncatedGCE(1e-44, 0.5), r"TruncatedGCE: expected q to be a normal number of fp32, got 1e-44"),
+        (lambda: edf.AUL(2, 1e-44), r"AUL: expected q to be a normal number of fp32, got 1e-44"),
+        (lambda: edf.AGCE(2, 1e-44), r"AGCE: expected q to be a normal number of fp32, got 1e-44"),
+        (lambda: edf.DM(0, 1e39), r"DM: expected lambd to be a number that fp32 can hold, got 1e\+39"),
+        (lambda: edf.DM(10**400, 1), r"DM: expected beta to be a finite number, got 1000"),
+        (lambda: edf.DM.from_mode(0.5, 10**400), r"DM.from_mode: expected a finite ratio >= 1, got ratio=1000"),
         (lambda: edf.SelfPaced(0), r"SelfPaced: expected threshold > 0, got 0.0"),
         (lambda: edf.SelfPacedLinear(-1), r"SelfPacedLinear: expected threshold > 0, got -1.0"),
     ],
@@ -431,6 +439,15 @@ def test_wrong_parameters(call, message):
 
 
 # ---- the log domain
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("emphasis", [edf.Normal(0.5, -1e4), edf.Normal(0, 1e4), edf.Normal(1, -60)], ids=str)
+def test_a_sharp_normal_keeps_its_digits_at_both_ends(impl, emphasis):
+    logits, target = rows_with(torch.linspace(-14, 14, 57, dtype=torch.float64), 5, 0, torch.float32)
+    truth = expected(logits, target, emphasis, reduction="none")
+    output, dlogits = run(impl, logits, target, emphasis, reduction="none")
+    check(output, dlogits, truth)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

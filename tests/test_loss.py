@@ -106,6 +106,26 @@ def test_weights_of_any_sign(impl, reduction, emphasis, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), lambda log_p, log_q: log_q], ids=["dm", "cce", "custom"])
+@pytest.mark.parametrize("name", ["weight", "sample_weight"])
+def test_a_weight_that_is_nan_shows(impl, reduction, emphasis, name):
+    """In the row's gradient and weight and in the value, and nowhere else."""
+    logits, target = make(12, 12)
+    target = torch.arange(12)
+    weights = torch.linspace(-1, 2, 12)
+    weights[5] = torch.nan
+    output, dlogits = run(impl, logits, target, emphasis, reduction=reduction, **{name: weights})
+    assert dlogits[5].isnan().all()
+    assert output.example_weight[5].isnan()
+    assert (output.loss if reduction == "sum" else output.loss[5]).isnan()
+    others = torch.arange(12) != 5
+    truth = expected(logits, target, emphasis, reduction=reduction, **{name: weights})
+    for what, got in (("dlogits", dlogits), ("example_weight", output.example_weight)):
+        compare(what, got[others], getattr(truth, what)[others], truth.allowed[what][others])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum"])
 @pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

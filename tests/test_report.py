@@ -107,6 +107,15 @@ def test_spatial_inputs_and_another_ignore_index():
     assert report["noisy labels"].examples == int((target == 0).sum())
 
 
+@pytest.mark.parametrize("normalizer", [1e200, 1e-200])
+def test_the_size_of_the_divisor_does_not_matter(normalizer):
+    logits, target = make(6, 9, torch.float64)
+    far, near = (
+        dm_loss(logits, target, DM, reduction="sum", normalizer=number, return_output=True) for number in (normalizer, 1.0)
+    )
+    assert str(emphasis_report(far, target)) == str(emphasis_report(near, target))
+
+
 def test_is_a_value():
     output, target = output_of([0.1, 0.9], [1.0, 1.0]), torch.arange(2)
     assert emphasis_report(output, target) == emphasis_report(output, target)
@@ -122,6 +131,24 @@ def test_is_a_value():
         ((output_of([0.5], [1.0]), torch.arange(1), torch.ones(1)), {}, TypeError, r"noisy: expected dtype bool"),
         ((output_of([0.5], [1.0]), torch.arange(1), torch.ones(2) > 0), {}, ValueError, r"noisy: expected shape \(1,\)"),
         ((output_of([0.5], [1.0]), torch.arange(1)), {"bins": 0}, ValueError, r"bins: expected"),
+        (
+            (output_of([0.5], [1.0]), torch.arange(1)),
+            {"thresholds": 0.5},
+            TypeError,
+            r"thresholds: expected two numbers, got 0.5",
+        ),
+        (
+            (output_of([0.5], [1.0]), torch.arange(1)),
+            {"thresholds": "ab"},
+            TypeError,
+            r"thresholds: expected two numbers",
+        ),
+        (
+            (output_of([0.5], [1.0]), torch.arange(1)),
+            {"ignore_index": "a"},
+            TypeError,
+            r"ignore_index: expected an int, got 'a'",
+        ),
         ((output_of([0.5], [1.0]), torch.arange(1)), {"thresholds": (0.7, 0.3)}, ValueError, r"thresholds: expected"),
     ],
 )

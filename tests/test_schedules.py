@@ -265,6 +265,11 @@ def test_states_that_do_not_fit():
     assert schedule.last_step == 1
 
 
+def test_a_step_before_the_first():
+    with pytest.raises(ValueError, match=r"Linear: expected a step of at least 0, got -1"):
+        Linear(criterion_at(), steps=4, beta=8).values_at(-1)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_has_a_schedule_of_its_own(duplicate):
     criterion = criterion_at()
@@ -282,6 +287,8 @@ def test_a_copy_has_a_schedule_of_its_own(duplicate):
         (lambda c: Linear(c, steps=4), ValueError, r"Linear: expected a parameter to schedule, one of: beta, lambd"),
         (lambda c: Linear(c, steps=4, lambd=-1), ValueError, r"step 2 of 4: DM: expected lambd >= 0, got -0\.25"),
         (lambda c: Linear(c, steps=4, beta=math.inf), ValueError, r"expected beta to be a finite number"),
+        (lambda c: Linear(c, steps=4, beta=10**400), ValueError, r"expected beta to be a number that fp32 can hold, got 1000"),
+        (lambda c: Step(c, 5, beta=[1]), TypeError, r"Step: expected a list of milestones, got 5"),
         (lambda c: Linear(c, steps=4, beta="8"), TypeError, r"Linear: expected beta to be a number, got '8'"),
         (lambda c: Linear(c, steps=4, beta=True), TypeError, r"expected beta to be a number"),
         (lambda c: Linear(c, steps=0, beta=8), ValueError, r"expected steps of at least 1, got 0"),

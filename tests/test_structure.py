@@ -26,7 +26,7 @@ EDGES = {
     "_operator": set(),
     "_operators": {"_cpu", "_launch", "_operator", "_rows", "_triton"},
     "_plot": {"_report", "edf"},
-    "_report": {"_api", "_extras", "_linear", "_plot"},
+    "_report": {"_api", "_extras", "_linear", "_plot", "_validation"},
     "_rows": set(),
     "_triton": {"_launch", "_rows", "edf", "fused_dm_kernels"},
     "_validation": {"edf"},

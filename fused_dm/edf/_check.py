@@ -17,6 +17,8 @@ _MARGINS = (*(sign * 80.0 * (i / 40) ** 2 for sign in (-1, 1) for i in range(41)
 # Two forms of the same mathematics differ by rounding, relative to 1 + |log w|: this many units in the last place at most.
 _UNITS = 64
 _HARD, _MIDDLING, _EASY = 0.05, 0.5, 0.95
+# The margin at which p, or 1 - p, is 1e-9, and the log of a share of the largest weight that is called none.
+_FAR, _LEAST = 9 * math.log(10), -5 * math.log(10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
         >>> print(edf.check(lambda log_p, log_q: 20 * ((log_p + log_q).exp() - 0.25)).words.split(". ")[0])
         Middling examples count most
     """
-    if not callable(emphasis) and (not isinstance(emphasis, EDF) or type(emphasis) is EDF):
+    neither = not callable(emphasis) and (not isinstance(emphasis, EDF) or type(emphasis) is EDF)
+    if neither or isinstance(emphasis, type):
         raise TypeError(f"check: expected an EDF or a function log_weight(log_p, log_q), got {emphasis!r}")
     name = str(emphasis) if isinstance(emphasis, EDF) else getattr(emphasis, "__name__", repr(emphasis))
     log_weight = emphasis.log_weight if isinstance(emphasis, EDF) else emphasis
@@ -213,25 +216,29 @@ def _words(measures: Measures, log_weight: Callable[[Tensor, Tensor], Tensor]) -
     logs = [value.item() for value in log_weight(p.log(), torch.log1p(-p))]
     kinds = ["hard", "middling", "easy"]
     at = max(range(3), key=lambda i: logs[i])
-    if logs[at] == -math.inf:
-        return "No example counts but at the very ends."
-    shares = [exp(value - logs[at]) for value in logs]
+    if measures.log_peak == -math.inf:
+        return "No example counts."
+    nowhere = logs[at] == -math.inf
+    shares = [0.0 if nowhere else exp(value - logs[at]) for value in logs]
     others = [i for i in range(3) if i != at]
     if measures.log_peak - measures.log_trough < 0.05:
         return "Hard, middling and easy examples count alike."
-    if min(shares) > 0.95:
+    if nowhere:
+        text = "Examples at " + " and at ".join(f"p = {value:g} ({kind})" for value, kind in zip(p, kinds, strict=True))
+        text += " do not count, others do. "
+    elif min(shares) > 0.95:
         text = "Hard, middling and easy examples count about alike. "
     else:
         text = f"{kinds[at].capitalize()} examples count most. An example at p = {p[at]:g} has weight 1, "
         text += " and ".join(f"one at p = {p[i]:g} ({kinds[i]}) {shares[i]:.2g}" for i in others) + ". "
     text += f"The weight is largest at p = {measures.mode:.3g}. "
-    ends = torch.tensor([[-1e30, 0.0], [0.0, -1e30]], dtype=torch.float64, device="cpu")
-    zero, one = (value.item() - measures.log_peak for value in log_weight(*ends))
-    text += f"Hopeless examples, which wrong labels are (p near 0), {_end(zero)}; fitted ones (p near 1) {_end(one)}."
+    ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64, device="cpu")
+    zero, one = (value.item() - measures.log_peak for value in log_weight(*_logs(ends)))
+    text += f"Hopeless examples, which wrong labels are (p = 1e-9), {_end(zero)}; fitted ones (1 - p = 1e-9) {_end(one)}."
     return text
 
 
 def _end(log_share: float) -> str:
-    if log_share < -30 or math.isnan(log_share):
+    if log_share < _LEAST or math.isnan(log_share):
         return "do not count"
     return "count most" if log_share > -0.05 else f"keep {100 * exp(log_share):.2g} % of the largest weight"

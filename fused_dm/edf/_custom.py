@@ -77,7 +77,7 @@ def register(
     if triton is None and triton_loss is not None:
         raise ValueError("register: expected a triton form of the weight beside triton_loss")
     name = name or log_weight.__name__
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"register: expected name to be an identifier, got {name!r}")
     if re.search(r"\de$", name, re.IGNORECASE):
         raise ValueError(f"register: expected name not to end as a number does before its exponent, got {name!r}")
@@ -109,7 +109,10 @@ def _parameters(argument: str, function: Any) -> list[Any]:
     """The parameters after log p and log q, as fields of a dataclass."""
     if not callable(function) or not hasattr(function, "__qualname__"):
         raise TypeError(f"register: expected {argument} to be a function of (log_p, log_q, *parameters), got {function!r}")
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        parameters = []
     if len(parameters) < 2 or any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters):
         raise TypeError(f"register: expected {argument} to take (log_p, log_q, *parameters) by position, got {function!r}")
     names = [p.name for p in parameters[2:]]

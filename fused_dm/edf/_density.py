@@ -17,6 +17,9 @@ from torch import Tensor
 from ._forms import FAMILIES, Family, log, log_complement
 from ._measure import Measures, exp, measure
 
+# The implementations compute with parameters of a family in fp32.
+LARGEST = torch.finfo(torch.float32).max
+
 
 def text_of(value: float) -> str:
     """The shortest decimal that reads back as `value`."""
@@ -25,7 +28,8 @@ def text_of(value: float) -> str:
 
 def number(owner: object, name: str, value: Any) -> float:
     """`value` as a finite float, or a ValueError that names the class and the parameter."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    largest = torch.finfo(torch.float64).max
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -largest <= value <= largest:
         raise ValueError(f"{type(owner).__name__}: expected {name} to be a finite number, got {value!r}")
     return float(value)
 
@@ -91,7 +95,12 @@ class EDF:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, number(self, field.name, getattr(self, field.name)))
+            value = number(self, field.name, getattr(self, field.name))
+            if abs(value) > LARGEST:
+                raise ValueError(
+                    f"{type(self).__name__}: expected {field.name} to be a number that fp32 can hold, got {value!r}"
+                )
+            object.__setattr__(self, field.name, value)
 
     def __str__(self) -> str:
         fields = ",".join(f"{field.name}={text_of(getattr(self, field.name))}" for field in dataclasses.fields(self))
@@ -106,7 +115,7 @@ class EDF:
     @property
     def structure(self) -> str | None:
         """Name of the mathematics; None where a subclass overrides it."""
-        return None if self._own_weight or self._own_loss else self.family
+        return None if self._own_weight or self._own_loss or not self.family else self.family
 
     @property
     def fused(self) -> bool:
@@ -116,7 +125,7 @@ class EDF:
     @property
     def has_loss(self) -> bool:
         """Whether the weight belongs to a loss with a closed form f(p)."""
-        if self._own_weight or self._own_loss:
+        if self._own_weight or self._own_loss or not self.family:
             return self._own_loss
         return FAMILIES[self.family].loss is not None
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._density import EDF
+from ._density import EDF, LARGEST
 
 
 def require(owner: object, condition: bool, name: str, wanted: str) -> None:
@@ -18,7 +18,7 @@ def require(owner: object, condition: bool, name: str, wanted: str) -> None:
 
 def _argument(owner: str, name: str, value: Any, low: float, high: float, wanted: str) -> float:
     """An argument of an alternative constructor, a finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= min(high, LARGEST):
         raise ValueError(f"{owner}: expected {wanted}, got {name}={value!r}")
     return float(value)
 

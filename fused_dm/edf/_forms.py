@@ -68,8 +68,9 @@ def _dm_log_weight(log_p: Tensor, log_q: Tensor, beta, lambd) -> Tensor:
 
 
 def _normal_log_weight(log_p: Tensor, log_q: Tensor, psi, beta) -> Tensor:
-    p = torch.exp(log_p)
-    return beta * p * (2 * psi - p)
+    # 2 psi - p from the smaller of p and q, whose digits are all there.
+    rest = torch.where(log_p < log_q, 2 * psi - torch.exp(log_p), (2 * psi - 1) + torch.exp(log_q))
+    return beta * torch.exp(log_p) * rest
 
 
 def _beta_log_weight(log_p: Tensor, log_q: Tensor, alpha, eta) -> Tensor:

@@ -14,6 +14,9 @@ from ._density import EDF
 from ._designed import require
 from ._forms import TAYLOR_TERMS
 
+# Of what is divided by: fp32 has no digits below.
+TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclasses.dataclass(frozen=True)
 class CCE(EDF):
@@ -108,6 +111,7 @@ class GCE(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 0 < self.q <= 1, "q", "0 < q <= 1")
+        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
 
     def _known_mode(self) -> float | None:
         return self.q / (1 + self.q)
@@ -139,6 +143,7 @@ class TruncatedGCE(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 0 < self.q <= 1, "q", "0 < q <= 1")
+        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
         require(self, 0 < self.k < 1, "k", "0 < k < 1")
 
     def _known_mode(self) -> float | None:
@@ -318,6 +323,7 @@ class AUL(EDF):
         super().__post_init__()
         require(self, self.a >= 1, "a", "a >= 1")
         require(self, self.q > 0, "q", "q > 0")
+        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         # At p = 1 with a = 1 and q < 1, 0 times an infinity that is the weaker.
@@ -348,6 +354,7 @@ class AGCE(EDF):
         super().__post_init__()
         require(self, self.a >= 0, "a", "a >= 0")
         require(self, self.q > 0, "q", "q > 0")
+        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         return 2 * (1 - p) * torch.where(p == 0, torch.zeros_like(p), p * (self.a + p) ** (self.q - 1))
@@ -407,6 +414,7 @@ class JS(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 0 < self.pi < 1, "pi", "0 < pi < 1")
+        require(self, self.pi >= TINY, "pi", "pi to be a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         # p log(1 + pi / ((1 - pi) p)), 0 at p = 0.

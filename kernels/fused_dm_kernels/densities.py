@@ -51,8 +51,9 @@ def normal_log_weight(log_p, log_q, params_ptr):
     """w = exp(-beta p (p - 2 psi))."""
     psi = param(params_ptr, 0, log_p)
     beta = param(params_ptr, 1, log_p)
-    p = exp(log_p)
-    return beta * p * (2.0 * psi - p)
+    # 2 psi - p from the smaller of p and q, whose digits are all there.
+    rest = tl.where(log_p < log_q, 2.0 * psi - exp(log_p), (2.0 * psi - 1.0) + exp(log_q))
+    return beta * exp(log_p) * rest
 
 
 @triton.jit

@@ -483,7 +483,8 @@ def row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT: tl.constexpr, 
         sign = tl.where(valid, 1.0, 0.0).to(margin.dtype)
     else:
         valid = valid & (weight != 0.0)
-        sign = tl.where(weight > 0.0, 1.0, tl.where(weight < 0.0, -1.0, 0.0)).to(margin.dtype)
+        # That of 0 and of nan is the weight itself.
+        sign = tl.where(weight > 0.0, 1.0, tl.where(weight < 0.0, -1.0, weight)).to(margin.dtype)
         log_weight += tl.log(tl.where(valid, tl.abs(weight), 1.0))
         if LOSS is not None:
             value *= weight
