@@ -341,13 +341,14 @@ def dm_loss(
         target: (), (N) or (N, d1, ..., dk), any integer dtype; labels in [0, V) or `ignore_index`.
         emphasis: an EDF, its name such as "dm:beta=8,lambd=0.5", or any callable log_weight(log_p, log_q) that returns log w.
             It gets (N,) tensors, fp32 (fp64 for fp64 logits), at least -1e30, and no gradient flows through it.
-        weight: (V,) class weights; may be zero or negative.
-        sample_weight: weights shaped like `target`; may be zero or negative.
+        weight: (V,) class weights; may be zero or negative. Rounded to fp32 for logits that are not fp64.
+        sample_weight: weights shaped like `target`; likewise.
         ignore_index: rows with this label have zero gradient and are in neither the value nor D.
         reduction: "sum_weight": D = 1e-8 + sum c w. "mean": D = sum of c over the rows that are not ignored. "sum": D =
             `normalizer`, or 1. "none": the rows, with D = 1. Under "sum_weight" no w overflows (with weights of both signs D
             may cancel, though); under the others the gradient overflows where log (c w / D) is above 88 (for fp64 logits,
-            where that or log (c w) is above 709). CCE, MAE and GCE are the published losses under "mean".
+            where that or log (c w) is above 709). The value overflows where c f(p), before it is divided, does. CCE, MAE and
+            GCE are the published losses under "mean".
         normalizer: D for `reduction="sum"`: a number above 0 or a 0-d tensor. For gradient accumulation and data parallel
             training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
         eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for

@@ -13,7 +13,7 @@ from . import _linear_operators, _operators, _validation, edf, reference
 from ._api import DMLoss, _bound, _default_eps, _emphasis, _normalizer, _params, _transform
 from ._loss import Problem, Received, coefficients_of, of_margins, received, row_weights, weights_of
 
-# A weight of exp(60) leaves fp32 a factor of 1e12 for row weights and for sums over rows.
+# A weight of exp(60) leaves fp32 a factor of 1e12 for sums over rows. Row weights are brought to 1 at most.
 LOG_PEAK = 60.0
 # Shares of a batch's gradient are counted in units of 2^-44: a sum of integers does not depend on its order.
 SHARES = 1 << 44
@@ -71,6 +71,16 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def _about_1(weight: Tensor | None) -> tuple[Tensor | None, Tensor | float]:
+    """Row weights divided by the power of 2 below the largest, and that, 0-d fp64: they are in the range of their dtype."""
+    if weight is None or not weight.numel():
+        return weight, 1.0
+    size = weight.abs().double()
+    largest = torch.where(size.isfinite(), size, 0.0).amax()
+    unit = torch.exp2(torch.where(largest > 0, largest, 1.0).log2().floor())
+    return (weight.double() / unit).to(weight.dtype), unit
+
+
 def _skip(coefficient: Tensor, counted: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """The coefficients with 0 for the rows to leave out, and their share among the counted rows.
 
@@ -109,10 +119,11 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
     family = problem.emphasis.family
     skipped = torch.zeros((), dtype=torch.float32, device=input.device)
     if any(wanted) and call.in_forward and family is not None:
+        weight, unit = _about_1(row_weights(problem))
         results = _linear_operators.linear_gradients(
             *(None if tensor is None else tensor.detach() for tensor in given),
             target,
-            row_weights(problem),
+            weight,
             problem.emphasis.params,
             family,
             ignore_index,
@@ -126,7 +137,7 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
         )
         margin, lead, reference_log, *gradients = results
         found = of_margins(problem, margin)
-        factor = torch.exp((reference_log - found.totals.log_scale).double()) / found.totals.divisor
+        factor = unit * torch.exp((reference_log - found.totals.log_scale).double()) / found.totals.divisor
         loss = _linear_operators.attach_linear_gradients(*given, found.loss, *gradients, factor.to(margin.dtype))
     else:
         sparse = call.skip_tolerance > 0 or call.drop_ignored
@@ -381,8 +392,8 @@ def linear_dm_loss(
             `recompute` is.
         skip_tolerance: with `recompute`, leave the rows with the smallest gradients out of the backward's products, as
             long as their L1 norms add up to at most this share of the batch's. The choice is deterministic, and so is the bound
-            on the logits' gradient; costs a synchronisation in the backward. Pays where many examples are fitted and the
-            emphasis gives them little: CCE, GCE, DFT, focal loss.
+            on the logits' gradient (that of the capped logits, with a softcap); costs a synchronisation in the backward. Pays
+            where many examples are fitted and the emphasis gives them little: CCE, GCE, DFT, focal loss.
         drop_ignored: leave ignored rows out of the products; costs a synchronisation, in the backward of `recompute` another.
         max_logits_bytes: size of a block of logits, at least a row; on a CPU with the fp32 form of 16-bit ones. None for 512
             MiB on a GPU, and on a CPU four times the second-level caches, or 96 rows if that is more. The smaller it is, the

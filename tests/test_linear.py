@@ -161,6 +161,19 @@ def test_weights_of_any_sign(impl, dtype, reduction):
             verify(impl, (x, w, b, target), emphasis, None, blocks, reduction=reduction, **options)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean"])
+@pytest.mark.parametrize("size", [1e30, 1e-30, 0.0])
+def test_row_weights_far_from_1(impl, dtype, reduction, size):
+    """With exp(50) they leave the range of fp32 before they are divided."""
+    x, w, b, target = layer(23, 8, 12, dtype)
+    sample_weight = size * torch.linspace(-0.2, 1, 23)
+    blocks = [mode | {"max_logits_bytes": 7 * 12 * x.element_size()} for mode in (MODES["accumulated"], MODES["recomputed"])]
+    for emphasis in (edf.DM(beta=50, lambd=0), edf.CCE()):
+        verify(impl, (x, w, b, target), emphasis, None, blocks, reduction=reduction, sample_weight=sample_weight)
+
+
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_normalizer_and_every_row_ignored(impl, mode):
