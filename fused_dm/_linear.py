@@ -13,7 +13,7 @@ from . import _linear_operators, _operators, _validation, edf, reference
 from ._api import DMLoss, _bound, _default_eps, _emphasis, _normalizer, _params, _transform
 from ._loss import Problem, Received, coefficients_of, of_margins, received, row_weights, weights_of
 
-# A weight of exp(60) leaves fp32 a factor of 1e12 for sums over rows. Row weights are brought to 1 at most.
+# A weight of exp(60) leaves fp32 a factor of 1e12 for sums over rows; row weights are brought below 2.
 LOG_PEAK = 60.0
 # Shares of a batch's gradient are counted in units of 2^-44: a sum of integers does not depend on its order.
 SHARES = 1 << 44
