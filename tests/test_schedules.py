@@ -135,6 +135,9 @@ def test_parts_of_compositions():
     schedule.last_step = 1
     resumed.load_state_dict(criterion.state_dict())
     assert resumed.emphasis == edf.parse("0.75*cce+gce:q=0.7")
+    criterion.set_emphasis("0.1*cce+gce:q=0.1")
+    criterion.load_state_dict(resumed.state_dict())
+    assert criterion.emphasis == edf.parse("0.75*cce+gce:q=0.7")
     truncated = DMLoss("mae[0.2,0.9]")
     Linear(truncated, steps=2, low=(0, 0.5))
     assert truncated.emphasis == edf.MAE().truncate(0, 0.9)
