@@ -378,6 +378,7 @@ TESTS = [
 ]
 # Where to look first, by the beginning of a fault's name: it saves time and nothing else.
 FIRST = {
+    "in place: several": ["test_transforms"],
     "in place": ["test_inplace", "test_operators"],
     "plans: a family": ["test_edf"],
     "plans": ["test_launch", "test_layouts"],
