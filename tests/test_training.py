@@ -65,6 +65,15 @@ def test_processes_share_a_divisor(tmp_path):
     torch.multiprocessing.start_processes(part_of, args=(2, tmp_path / "store"), nprocs=2, start_method="spawn")
 
 
+def test_a_batch_in_which_every_label_is_ignored():
+    logits, target = torch.randn(4, 7, requires_grad=True), torch.full((4,), -100)
+    divisor = function_of_the_page("shared_divisor")((target != -100).sum())
+    loss = dm_loss(logits, target, DM, reduction="sum", normalizer=divisor)
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
 def test_a_trainer_of_hugging_face():
     compute_loss = function_of_the_page("compute_loss")
     logits = torch.randn(4, 7, 11, requires_grad=True)

@@ -60,11 +60,12 @@ class EDF:
     Attributes:
         family: name of the mathematics.
         in_kernels: whether the kernels have the family.
-        params: its parameters, in order.
+        params: its parameters, in order: numbers that fp32 can hold.
         structure: name of the mathematics in torch: EDFs of one structure differ in `params` alone. None for a subclass that
             overrides it.
         has_loss: whether the weight belongs to a loss with a closed form f(p).
-        mode: the p in [0, 1] where w is largest, the lowest of several; to about 1e-8 where there is no formula.
+        mode: the p in [0, 1] where w is largest, the lowest of several, or the edge of it where w jumps; to about 1e-8 where
+            there is no formula.
         integral: of w over p in (0, 1); inf where it diverges.
         log_integral: its natural log, which no parameter overflows.
         variance: of w(p) for p uniform over (0, 1); inf where it diverges.
