@@ -19,6 +19,7 @@ from ._rows import (
     example_weights,
     largest_log_weight,
     mean_divisor,
+    rescaled_values,
     rounded_in_range,
     row_terms,
     row_values,
@@ -258,7 +259,7 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
         totals = batch_totals(top, torch.stack(weights).sum(), normalizer)
         factors = [(share / totals.divisor).to(margin.dtype) for share in shares] if normalizer is None else None
         if normalizer is None and loss is None:
-            values = [torch.where(share == 0, 0.0, part.values * share) for part, share in zip(parts, shares, strict=True)]
+            values = [rescaled_values(part.values, share) for part, share in zip(parts, shares, strict=True)]
     if by_row:
         return OfMargins(_joined(values), totals, kept, undivided, factors)
     total = _folded(values, torch.sum)

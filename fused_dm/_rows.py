@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Of what is added to the sum of weights.
 LOG_FLOOR = math.log(1e-8)
+# Of the least weight that is not 0 beside an infinite -log p: the least normal fp64, whatever the dtype and the other rows are.
+LOG_LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 
 class RowTerms(NamedTuple):
@@ -17,7 +19,7 @@ class RowTerms(NamedTuple):
     log_weight: Tensor  # log |c w(p)|
     sign: Tensor  # sign of c
     unit: Tensor  # sign(c) q / (2 q + eps); 0 where no other class has any probability
-    value: Tensor  # c f(p), or -log p where the EDF has no closed form f
+    value: Tensor  # c f(p), or -log p where the EDF has no closed form f; 0 for -log p = inf and a weight of 0
 
 
 class Totals(NamedTuple):
@@ -100,7 +102,7 @@ def row_terms(
     log_w = log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
     q = torch.exp(log_q)
     # Last, as a function of the user's may change what it is given.
-    value = -log_p if loss is None else loss(log_p, log_q)
+    value = torch.where((log_p == -math.inf) & (log_w < LOG_LEAST), 0.0, -log_p) if loss is None else loss(log_p, log_q)
     # Where q and eps are both 0, the quotient is nan.
     unit = torch.where(eps == 0, 0.5, q / torch.add(eps, q, alpha=2))
     log_w = torch.where(margin.isnan(), margin, log_w)
@@ -124,11 +126,18 @@ def row_terms(
 def row_values(terms: RowTerms, relative: Tensor, has_loss: bool) -> Tensor:
     """c r(p) exp(-scale) of each row, (N,), for `relative` = |c w| exp(-scale); c f(p) for an EDF with a loss of its own.
 
-    0 for a weight of 0 whatever log p is, and for log p = 0 likewise.
+    0 where -log p is 0, whatever the weight is, and inf where it is inf, however small the weight is beside the others.
     """
     if has_loss:
         return terms.value
-    return torch.where((relative == 0) | (terms.value == 0), 0.0, terms.sign * relative * terms.value)
+    # Another 1 leaves nan what it is.
+    relative = torch.where(terms.value == math.inf, relative + 1, relative)
+    return torch.where(terms.value == 0, 0.0, terms.sign * relative * terms.value)
+
+
+def rescaled_values(values: Tensor, share: Tensor) -> Tensor:
+    """Sums of `row_values` times the share that brings them to another scale; an infinite one remains so where that is 0."""
+    return torch.where(values.isinf(), values, values * share)
 
 
 def largest_log_weight(log_weight: Tensor) -> Tensor:

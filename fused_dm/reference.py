@@ -21,6 +21,8 @@ from torch import Tensor
 
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 LOG_FLOOR = math.log(1e-8)
+# A weight below the least normal fp64 is 0 beside an infinite -log p.
+LOG_LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 
 class ReferenceOutput(NamedTuple):
@@ -196,7 +198,9 @@ def dm_loss(
     if closed_form:
         value = closed_form(log_p, log_q).double() * torch.exp(-scale)
     else:
-        value = torch.where((w == 0) | (log_p == 0), 0, -w * log_p)
+        value = torch.where(log_p == 0, 0, -w * log_p)
+        # Whatever w is relative to.
+        value = torch.where(log_p == -torch.inf, torch.where(log_w < LOG_LEAST, 0, -log_p * (w + 1)), value)
     cw = torch.where(counts, c * w, 0)
     relative_sum = 1e-8 * torch.exp(-scale) + cw.sum()
     if reduction == "sum_weight":

@@ -156,6 +156,14 @@ def test_reported_value_at_the_ends(emphasis):
     assert value[1] == (math.exp(-1 / emphasis.a) if isinstance(emphasis, edf.AEL) else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("beta", "value"), [(-1000, 0.0), (-700, math.inf)])
+def test_reported_value_at_probability_zero(dtype, beta, value):
+    """A weight of exp(-700) is not 0, though fp32 does not hold it."""
+    ends = torch.tensor([-torch.inf, 0.0], dtype=dtype)
+    assert edf.DM(beta=beta, lambd=0).loss(ends, ends.flip(0)).tolist() == [value, 0]
+
+
 # ---- the gradient is the derivative of the loss
 
 

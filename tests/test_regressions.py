@@ -69,6 +69,38 @@ def test_a_weight_that_vanishes_beside_1e_8_times_an_infinite_value(impl, rows):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [2, 200])
+@pytest.mark.parametrize(("beta", "infinite"), [(-1000, False), (-700, True), (-10, True)])
+def test_whether_an_infinite_value_counts_is_a_matter_of_its_own_weight(impl, reduction, dtype, rows, beta, infinite):
+    """Kernels compared w = exp(beta) of a label at -inf with the weights of its tile, torch with those of the batch."""
+    logits, target = torch.zeros(rows, 2, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    logits[0, 0] = -math.inf
+    emphasis = edf.DM(beta=beta, lambd=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        output, dlogits = run(impl, logits, target, emphasis, reduction=reduction)
+    assert output.loss.isinf().any() == infinite
+    check(output, dlogits, expected(logits, target, emphasis, reduction=reduction))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_infinite_value_among_rows_of_far_smaller_weight(impl, reduction, dtype):
+    """Rows of a tile that weigh exp(-700), beside others of exp(69): relative to those, their sum of values was 0."""
+    logits, target = torch.full((200, 2), 50.0, dtype=dtype), torch.zeros(200, dtype=torch.int64)
+    logits[:100, 0], logits[:, 1] = -50.0, 0.0
+    logits[7, 0] = -math.inf
+    options = {"reduction": reduction, "sample_weight": torch.where(torch.arange(200) < 100, 1, 1e30)}
+    emphasis = edf.DM(beta=-700, lambd=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        output, dlogits = run(impl, logits, target, emphasis, **options)
+    assert output.loss == math.inf
+    check(output, dlogits, expected(logits, target, emphasis, **options))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_q_that_is_lost_below_the_smallest_normal_before_eps_divides_it(impl):
     """q = 2e-42 has no digits in fp32, and q / (2 q + eps) = 2e-36 has no more."""
     logits, target = make(2, 3, scale=0.0, margins=160.0, seed=376222)

@@ -19,6 +19,8 @@ from ._measure import Measures, exp, measure
 
 # The implementations compute with parameters of a family in fp32.
 LARGEST = torch.finfo(torch.float32).max
+# A weight below the least normal fp64 is 0 beside an infinite -log p.
+LOG_LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 
 def text_of(value: float) -> str:
@@ -165,8 +167,9 @@ class EDF:
         closed_form = None if self._own_weight or not self.family else FAMILIES[self.family].loss
         if closed_form is not None:
             return closed_form(log_p, log_q, *self.params)
-        weight = torch.exp(self.log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30)))
-        return torch.where((weight == 0) | (log_p == 0), torch.zeros_like(weight), -weight * log_p)
+        log_weight = self.log_weight(log_p.clamp(min=-1e30), log_q.clamp(min=-1e30))
+        value = torch.where(log_p == 0, 0.0, -torch.exp(log_weight) * log_p)
+        return torch.where(log_p == -math.inf, torch.where(log_weight < LOG_LEAST, 0.0, -log_p), value)
 
     @property
     def mode(self) -> float:

@@ -11,8 +11,8 @@ LOG_FLOOR = tl.constexpr(-18.420680743952367)
 
 @triton.jit
 def rescaled(value, scale):
-    """value scale, and 0 where the scale is 0 and the value infinite: a weight of 0 times any -log p is 0."""
-    return tl.where((scale == 0.0) & (value == value), 0.0, value * scale)
+    """value scale; an infinite value remains so where the scale is 0."""
+    return tl.where(tl.abs(value) == INF, value, value * scale)
 
 
 @triton.jit

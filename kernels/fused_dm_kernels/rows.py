@@ -17,6 +17,9 @@ import triton.language as tl
 
 from .numerics import INF, exp, over_divisor, sigmoids, tanh_and_slope
 
+# Of the least normal fp64: a weight below it is 0 beside an infinite -log p.
+LOG_LEAST = tl.constexpr(-708.3964185322641)
+
 
 @triton.jit
 def in_elements(V, D, UNIT: tl.constexpr, LAYOUT: tl.constexpr):
@@ -474,7 +477,7 @@ def row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT: tl.constexpr, 
     log_weight = LOG_WEIGHT(floor_p, floor_q, params_ptr + 1)
     log_weight = tl.where(margin == margin, log_weight, margin)
     if LOSS is None:
-        value = -log_p
+        value = tl.where((log_p == -INF) & (log_weight < LOG_LEAST), 0.0, -log_p)
     else:
         value = LOSS(log_p, log_q, params_ptr + 1)
     norm = 2.0 * q + eps
@@ -500,7 +503,8 @@ def batch_sums(log_weight, sign, value, LOSS: tl.constexpr):
     top = tl.max(log_weight, 0)
     weight = exp(log_weight - finite_max(top))
     if LOSS is None:
-        value = tl.where(weight == 0.0, 0.0, sign * weight * value)
+        # An infinite value is that of a weight which is not 0, however small it is beside the others; nan is left what it is.
+        value = sign * tl.where(value == INF, weight + 1.0, weight) * value
     return top, tl.sum(sign * weight, 0), tl.sum(value, 0)
 
 
