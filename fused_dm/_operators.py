@@ -246,39 +246,36 @@ attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
-@operator("fused_dm::cpu_direction3")
+@operator("fused_dm::cpu_direction4")
 def cpu_direction(
-    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
+    logits: Tensor, target: Tensor, ignore_index: int, leads: bool, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Margins, leads and norms (N,), and the gradient (N, V) for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, transform=transform)
+    """Margins, leads if wanted and norms, (N,), and the gradient (N, V) for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, leads, transform=transform)
 
 
 @cpu_direction.register_fake
-def _(logits, target, ignore_index, transform=None):
-    dtype = compute_dtype(logits.dtype)
-    rows = target.shape[0]
-    return (
-        logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(logits.shape),
-    )
+def _(logits, target, ignore_index, leads, transform=None):
+    return *_direction_numbers(logits, target, leads), logits.new_empty(logits.shape)
 
 
-@operator("fused_dm::cpu_direction3_", mutates_args=["logits"])
+@operator("fused_dm::cpu_direction4_", mutates_args=["logits"])
 def cpu_direction_(
-    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
+    logits: Tensor, target: Tensor, ignore_index: int, leads: bool, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins, leads and norms (N,); the logits are overwritten by the gradient for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, out=logits, transform=transform)[:3]
+    """Margins, leads if wanted and norms, (N,); the logits become the gradient for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, leads, out=logits, transform=transform)[:3]
 
 
 @cpu_direction_.register_fake
-def _(logits, target, ignore_index, transform=None):
-    dtype = compute_dtype(logits.dtype)
-    rows = target.shape[0]
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+def _(logits, target, ignore_index, leads, transform=None):
+    return _direction_numbers(logits, target, leads)
+
+
+def _direction_numbers(logits: Tensor, target: Tensor, leads: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = target.shape[0], compute_dtype(logits.dtype)
+    margin, lead, norm = (logits.new_empty(size, dtype=dtype) for size in (rows, rows if leads else 0, rows))
+    return margin, lead, norm
 
 
 @operator("fused_dm::scale_rows3_", mutates_args=["matrix"])
@@ -291,8 +288,7 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
             coefficient = _times(coefficient, dvalue)
         elif dvalue != 1:
             coefficient = coefficient * dvalue
-        # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
-        _cpu.scale_rows_(matrix, coefficient / norm)
+        _cpu.scale_rows_(matrix, coefficient, norm)
 
 
 @operator("fused_dm::scaled_rows")
