@@ -467,6 +467,8 @@ def stored_terms(rows_ptr, row, exists, N):
 def row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT: tl.constexpr, LOSS: tl.constexpr):
     """log |c w|, sign of c, unit = sign q / (2 q + eps), and value = c f(p), or -log p for a family without f.
 
+    An infinite -log p is 0 where w is 0.
+
     c is the row's weight as `load_weight` has it; params_ptr holds eps, then the family's parameters. eps is loaded
     before the logits, so that the parameters beside it are near by now. An ignored row has -inf, 0, 0, 0.
     """
