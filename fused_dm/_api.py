@@ -153,6 +153,11 @@ def _rows_of(logits: Tensor, impl: str) -> Tensor:
     return rows.reshape(-1, logits.shape[1])
 
 
+def _calm(impl: str) -> contextlib.AbstractContextManager:
+    """Torch calls of the CPU implementation start no threads; traced ones become loops of their own."""
+    return _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
+
+
 def _compute(
     logits: Tensor,
     target: Tensor,
@@ -182,7 +187,8 @@ def _compute(
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
     inplace = inplace and needs_gradient(logits)
     if _validation.validates_labels(first=inplace and impl == "cpu"):
-        _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
+        with _calm(impl):
+            _validation.check_labels(labels, logits.shape[min(1, logits.dim() - 1)], ignore_index)
     rows = _rows_of(logits, impl)
     divisor = _normalizer(normalizer, logits.device)
     if params is not None and params.device != logits.device:
@@ -220,9 +226,7 @@ def _compute(
             transform=_transform(softcap, logit_scale, logits.device),
         )
         fused = impl == "triton" and problem.emphasis.family is not None
-        # Traced code becomes loops of its own.
-        calm = _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
-        with calm:
+        with _calm(impl):
             loss, received = triton_loss(problem) if fused else margin_loss(problem, impl)
     if reduction == "none":
         loss = loss.reshape(target.shape)
@@ -370,7 +374,8 @@ def dm_loss(
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits), 0-d or shaped like `target` for "none"; or DMOutput. With every row ignored
-        the value and the gradient are 0. A row with nan or +inf among its logits has the value nan.
+        the value and the gradient are 0. A row with nan or +inf among its logits has the value nan; one with its label at -inf
+        has inf, unless f is finite there or w is 0, that is, below 2^-1022.
 
     Raises:
         TypeError: an argument of the wrong type or dtype, probability targets among them.

@@ -44,13 +44,11 @@ MADV_POPULATE_WRITE = 23
 # once.
 LONG = 512
 SMALL_BYTES = 1 << 24
-# Sums of exponentials up to which a row needs no maximum subtracted; and up to which a coefficient may be divided by its sum
-# however small it is: what the quotient loses below the smallest normal is below it in the product too, as no exponential is
-# larger than the sum.
-LARGEST_SUM = 2.0**40
-LARGEST_DIVISOR = 2.0**24
-# Logits, and classes of a row, of the look at whether sums are in that range.
-LOOK, LOOK_CLASSES = 1024, 64
+# The largest maximum, log 2^24, that is not subtracted. What the quotient of a coefficient and a sum loses below the smallest
+# normal is then below it in the product with an exponential too.
+HIGHEST = 24 * math.log(2)
+# Classes from which that pays: what is done for each row besides is then little.
+SEVERAL = 64
 # Positions of a block are a multiple of this many, so that every class begins on a cache line.
 ALIGNED = 64
 # A row of fewer positions than this side by side is transposed within its block.
@@ -356,24 +354,6 @@ def _is_there(page: int) -> bool:
     return known and answer.raw[0] & 1 == 1
 
 
-def _are_in_range(matrix: Tensor, transform: Tensor | None, dtype: torch.dtype, most: float) -> bool:
-    """Whether sums of exp(z) over the classes look as if they are from 1 to `most`. It is for each block to make sure.
-
-    Where a block finds another, it has been computed in vain.
-    """
-    if not matrix.numel():
-        return False
-    planes, classes, positions = matrix.shape
-    class_step = -(-classes // LOOK_CLASSES)
-    row_step = -(-planes * positions * -(-classes // class_step) // LOOK)
-    plane_step = min(planes, row_step)
-    some = matrix[::plane_step, ::class_step, :: -(-row_step // plane_step)].to(dtype, copy=True)
-    if transform is not None:
-        walks().transform_(some, transform, None)
-    lowest, highest = some.exp().sum(1).mul_(classes / some.shape[1]).aminmax()
-    return float(lowest) >= 1 and float(highest) <= most
-
-
 def check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
     wrong = valid & ((target < 0) | (target >= classes))
     if wrong.any():
@@ -418,13 +398,8 @@ class _Pass:
         factor: Tensor | None = None,
         undivided: bool = False,
         beside: Callable[[], None] | None = None,
-        leads: bool = True,
-        most: float = LARGEST_SUM,
     ) -> None:
-        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, for k = 1 or for k = `row_sum`.
-
-        Leads are noted if wanted. Sums are of exp(z) in blocks where all of them are from 1 to `most`, else of exp(z - max).
-        """
+        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, for k = 1 or for k = `row_sum`."""
         logits = _planes(self.logits)
         gradient = None if out is None else _planes(out)
         rows = (logits.shape[0], 1, logits.shape[2])
@@ -432,11 +407,8 @@ class _Pass:
             values.view(rows) for values in (self.label, self.label_logit, self.row_max, self.row_sum)
         )
         factors = None if factor is None else factor.detach().contiguous().view(rows)
-        most = most if most > 0 and _are_in_range(logits, self.transform, self.dtype, most) else 0.0
-        # Whole rows in the dtype of the statistics are computed where they are to lie, unless that may be in vain and destroys
-        # the logits. Strided ones are faster computed elsewhere.
-        kept = out is not None and (most == 0 or out.data_ptr() != self.logits.data_ptr())
-        direct = out is not None and kept and out.dim() == 2 and out.dtype == self.dtype
+        # Whole rows in the dtype of the statistics are computed where they lie. Strided ones are faster computed elsewhere.
+        direct = out is not None and out.dim() == 2 and out.dtype == self.dtype
         lowest = torch.finfo(self.dtype).min
 
         def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
@@ -452,10 +424,9 @@ class _Pass:
                 scratch,
                 factors,
                 undivided,
-                leads,
                 self.transform,
                 lowest,
-                most,
+                HIGHEST if logits.shape[1] >= SEVERAL else -1.0,
                 blocks.height,
                 blocks.width,
                 begin,
@@ -492,42 +463,32 @@ def direction(
     It may be the logits themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
-    # Where it lies on the logits it takes no other memory.
-    walk.run(out, most=0.0 if out.dtype == logits.dtype == walk.dtype else LARGEST_SUM)
+    walk.run(out)
     return walk.margins()
 
 
 def undivided_direction(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    leads: bool,
-    out: Tensor | None = None,
-    transform: Tensor | None = None,
+    logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Margins, leads and norms (N,), and the gradient for k = norm: exp(z_j - m), and -norm for the label, times the slope.
 
-    m is the maximum, or 0 for blocks that need none. The norm is the sum of exp(z_j - m), but 1/2 where no other class has a
-    finite logit, whose gradient is 0, and 1 where it would be nan. With a transform it is 1 throughout: its slope, times a
-    large sum, could be infinite. Without `leads` theirs is a tensor of no numbers. `out` may be the logits.
+    m is the maximum, or 0 in blocks that need none subtracted. The norm is the sum of exp(z_j - m), but 1/2 where no other
+    class has a finite logit, whose gradient is 0, and 1 where it would be nan. With a transform it is 1 throughout: its slope,
+    times a large sum, could be infinite. `out` may be the logits themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
-    walk.run(out, undivided=transform is None, beside=populate, leads=leads)
+    walk.run(out, undivided=transform is None, beside=populate)
     # One look at the margins spares three at the rows: where they are finite, so is the label's logit, and no sum is 0 or nan.
-    moderate = walk.valid is None and are_moderate(walk.margin)
-    if not moderate:
-        walk.margins()
-    lead = walk.lead if leads else walk.lead.new_empty(0)
+    if transform is None and walk.valid is None and are_moderate(walk.margin):
+        return walk.margin, walk.lead, walk.row_sum, out
+    margins, leads = walk.margins()
     if transform is not None:
-        norms = walk.row_sum.fill_(1.0)
-    elif moderate:
-        norms = walk.row_sum
-    else:
-        norms = walk.row_sum.clamp_(min=0.5)
-        if not math.isfinite(norms.sum()):
-            norms.nan_to_num_(nan=1.0)
-    return walk.margin, lead, norms, out
+        return margins, leads, walk.row_sum.fill_(1.0), out
+    norms = walk.row_sum.clamp_(min=0.5)
+    if not math.isfinite(norms.sum()):
+        norms.nan_to_num_(nan=1.0)
+    return margins, leads, norms, out
 
 
 def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
@@ -538,43 +499,27 @@ def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
         matrix.masked_fill_(zero.view(matrix.shape[0], 1, matrix.shape[2]), 0.0)
 
 
-def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor) -> None:
-    """Multiply each row of `matrix` by its coefficient and divide it by its norm, (N,), rounding once.
-
-    A coefficient of 0 gives 0 whatever the row holds.
-    """
-    if not len(coefficient):
+def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
+    """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
+    factor = factor.detach().contiguous()
+    if not len(factor):
         return
-    # The norm comes last: a coefficient divided by it may have no digits before it meets a large upstream gradient.
-    factor = (coefficient / norm).detach().contiguous()
     same = matrix.dtype == factor.dtype
     least, most = map(float, factor.aminmax())
-    second = None if least >= torch.finfo(factor.dtype).tiny else _second_factor(factor, coefficient, norm)
     # The call for 16 bits would make nan of a row whose factor is infinite.
-    quick = second is None and math.isfinite(least) and math.isfinite(most)
-    if quick and not same and _is_long(matrix) and matrix.is_contiguous():
+    if not same and _is_long(matrix) and matrix.is_contiguous() and math.isfinite(least) and math.isfinite(most):
         _scale_16_bits_(matrix.detach(), factor)
     else:
         planes = _planes(matrix)
-        shape = (planes.shape[0], 1, planes.shape[2])
-        factors, seconds = factor.view(shape), None if second is None else second.view(shape)
+        factors = factor.view(planes.shape[0], 1, planes.shape[2])
 
         def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
-            walks().scale(planes, factors, seconds, scratch, blocks.height, blocks.width, begin, end)
+            walks().scale(planes, factors, scratch, blocks.height, blocks.width, begin, end)
 
         _run(planes, work, None if same else factor.dtype)
     # The least tells it mostly, and counting takes half as long as finding them.
     if not least > 0 and factor.count_nonzero() < len(factor):
         _zero_rows_(matrix, factor == 0)
-
-
-def _second_factor(factor: Tensor, coefficient: Tensor, norm: Tensor) -> Tensor | None:
-    """Where `factor`, coefficient / norm, has not the digits that its row has, it is made larger, and a second one smaller."""
-    lost = (factor.abs() < torch.finfo(factor.dtype).tiny) & (coefficient != 0) & (norm > LARGEST_DIVISOR)
-    if not lost.any():
-        return None
-    factor.copy_(torch.where(lost, coefficient * LARGEST_SUM / norm, factor))
-    return torch.where(lost, 1 / LARGEST_SUM, torch.ones_like(factor))
 
 
 def _is_long(matrix: Tensor) -> bool:
@@ -621,7 +566,7 @@ def margin_gradient(
     """dlogits for a derivative by the margin (N,), from the logits. `out` may be the logits themselves."""
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
-    walk.run(out, dmargin, beside=populate, leads=False, most=LARGEST_DIVISOR)
+    walk.run(out, dmargin, beside=populate)
     zero = (dmargin == 0) | (walk.row_sum == 0)
     if walk.valid is not None:
         zero |= ~walk.valid

@@ -6,6 +6,7 @@ or the logits' scale and, if there are two, the softcap, in an fp64 tensor.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -60,7 +61,13 @@ def _only_once(ctx, dvalue: Tensor) -> None:
 
 def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
     """The product, (N,), with 0 for rows that do not count whatever their derivative is."""
-    return torch.where(coefficient == 0, torch.zeros_like(coefficient), coefficient * dvalue)
+    with _calm_on_a_cpu(coefficient):
+        return torch.where(coefficient == 0, torch.zeros_like(coefficient), coefficient * dvalue)
+
+
+def _calm_on_a_cpu(tensor: Tensor) -> AbstractContextManager:
+    """In a backward pass, where a forked child would wait for threads that it has not."""
+    return _cpu.calm() if tensor.device.type == "cpu" else nullcontext()
 
 
 # ---- margin: the differentiable operator over the logits
@@ -97,7 +104,8 @@ def margin_gradient(
         dlogits = _gradient_like(logits)
         _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, dlogits, transform=transform)
         return dlogits
-    return _cpu.margin_gradient(logits, target, dmargin, ignore_index, transform=transform)
+    with _cpu.calm():
+        return _cpu.margin_gradient(logits, target, dmargin, ignore_index, transform=transform)
 
 
 @margin_gradient.register_fake
@@ -119,7 +127,8 @@ def margin_gradient_(
     if impl == "triton":
         _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, logits, transform=transform)
     else:
-        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
+        with _cpu.calm():
+            _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
 
 
 def _margin_setup(ctx, inputs, output) -> None:
@@ -236,7 +245,9 @@ def _attach_overwriting_setup(ctx, inputs, output) -> None:
 def _attach_overwriting_backward(ctx, dvalue):
     _only_once(ctx, dvalue)
     dlogits, target, statistics, coefficient, transform = ctx.saved_tensors
-    margin_gradient_(dlogits, target, statistics, -_times(coefficient, dvalue), ctx.ignore_index, ctx.impl, transform)
+    with _calm_on_a_cpu(coefficient):
+        dmargin = -_times(coefficient, dvalue)
+    margin_gradient_(dlogits, target, statistics, dmargin, ctx.ignore_index, ctx.impl, transform)
     return dlogits, None, None, None, None, None, None, None
 
 
@@ -246,36 +257,39 @@ attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
-@operator("fused_dm::cpu_direction4")
+@operator("fused_dm::cpu_direction3")
 def cpu_direction(
-    logits: Tensor, target: Tensor, ignore_index: int, leads: bool, transform: Tensor | None = None
+    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Margins, leads if wanted and norms, (N,), and the gradient (N, V) for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, leads, transform=transform)
+    """Margins, leads and norms (N,), and the gradient (N, V) for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, transform=transform)
 
 
 @cpu_direction.register_fake
-def _(logits, target, ignore_index, leads, transform=None):
-    return *_direction_numbers(logits, target, leads), logits.new_empty(logits.shape)
+def _(logits, target, ignore_index, transform=None):
+    dtype = compute_dtype(logits.dtype)
+    rows = target.shape[0]
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(logits.shape),
+    )
 
 
-@operator("fused_dm::cpu_direction4_", mutates_args=["logits"])
+@operator("fused_dm::cpu_direction3_", mutates_args=["logits"])
 def cpu_direction_(
-    logits: Tensor, target: Tensor, ignore_index: int, leads: bool, transform: Tensor | None = None
+    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins, leads if wanted and norms, (N,); the logits become the gradient for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, leads, out=logits, transform=transform)[:3]
+    """Margins, leads and norms (N,); the logits are overwritten by the gradient for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, out=logits, transform=transform)[:3]
 
 
 @cpu_direction_.register_fake
-def _(logits, target, ignore_index, leads, transform=None):
-    return _direction_numbers(logits, target, leads)
-
-
-def _direction_numbers(logits: Tensor, target: Tensor, leads: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = target.shape[0], compute_dtype(logits.dtype)
-    margin, lead, norm = (logits.new_empty(size, dtype=dtype) for size in (rows, rows if leads else 0, rows))
-    return margin, lead, norm
+def _(logits, target, ignore_index, transform=None):
+    dtype = compute_dtype(logits.dtype)
+    rows = target.shape[0]
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
 @operator("fused_dm::scale_rows3_", mutates_args=["matrix"])
@@ -288,7 +302,8 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
             coefficient = _times(coefficient, dvalue)
         elif dvalue != 1:
             coefficient = coefficient * dvalue
-        _cpu.scale_rows_(matrix, coefficient, norm)
+        # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
+        _cpu.scale_rows_(matrix, coefficient / norm)
 
 
 @operator("fused_dm::scaled_rows")

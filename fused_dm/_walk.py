@@ -28,12 +28,6 @@ def room_for(scratch: Tensor, planes: int, positions: int) -> Tensor:
     return block_of(scratch, 0, planes, 0, positions)
 
 
-def row_of(matrix: Tensor, height: int, width: int, number: int) -> int:
-    """The first row of a block, or how many there are behind the last."""
-    across = (matrix.size(2) + width - 1) // width
-    return min(number // across * height * matrix.size(2) + number % across * width, matrix.size(0) * matrix.size(2))
-
-
 def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
     """Replace logits by scale z or cap tanh(scale z / cap), and fill `slope` with the derivative.
 
@@ -50,48 +44,46 @@ def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
 
 
 def fill_(
-    block: Tensor, label: Tensor, label_logit: Tensor, row_max: Tensor, row_sum: Tensor, nothing: Tensor, lowest: float
-) -> None:
-    """Turn a block of logits into exp(z - max) over all classes but the label, and note the rows' statistics.
-
-    The labels' entries are left to the caller. `nothing` is -inf, and `lowest` the lowest finite number.
-    """
-    torch.gather(block, 1, label, out=label_logit)
-    block.scatter_(1, label, nothing.expand_as(label))
-    torch.amax(block, 1, keepdim=True, out=row_max)
-    # -inf less the lowest number is still -inf, where -inf less -inf is nan.
-    row_max.clamp_(min=lowest)
-    # The label's entry becomes exp(0) = 1 and is taken off again: torch's exp is ten times slower where it meets -inf.
-    block.scatter_(1, label, row_max)
-    block.sub_(row_max).exp_()
-    # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
-    torch.sum(block, 1, keepdim=True, out=row_sum).sub_(1)
-
-
-def fill_as_they_are_(
     block: Tensor,
     label: Tensor,
     label_logit: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
     nothing: Tensor,
-    leads: bool,
-    most: float,
+    lowest: float,
+    highest: float,
 ) -> bool:
-    """Turn a block of logits into exp(z), 0 for the label, and note the rows' sums; the maxima where there are to be `leads`.
+    """Turn a block of logits into exp(z - max) over all classes but the label, and note the rows' statistics.
 
-    That is two passes fewer than `fill_`, and will do, which the answer tells, if every sum is from 1 to `most`: none is out of
-    range, and nothing vanishes that would not beside a maximum of 0.
+    Where all maxima are from 0 to `highest` that is exp(z) instead, which spares a pass, and the answer is False: nothing then
+    vanishes that would not beside its maximum. The labels' entries are left to the caller. `nothing` is -inf, and `lowest` the
+    lowest finite number.
     """
     torch.gather(block, 1, label, out=label_logit)
-    if leads:
-        block.scatter_(1, label, nothing.expand_as(label))
-        torch.amax(block, 1, keepdim=True, out=row_max)
+    block.scatter_(1, label, nothing.expand_as(label))
+    torch.amax(block, 1, keepdim=True, out=row_max)
+    as_it_is = False
+    if highest >= 0.0:
+        least, most = torch.aminmax(row_max)
+        # Not so for nan.
+        as_it_is = float(least) >= 0.0 and float(most) <= highest
+    # The label's entry becomes exp(0) = 1 and is taken off again: torch's exp is ten times slower where it meets -inf.
+    if as_it_is:
         block.scatter_(1, label, 0.0)
-    block.exp_().scatter_(1, label, 0.0)
-    torch.sum(block, 1, keepdim=True, out=row_sum)
-    lowest, highest = torch.aminmax(row_sum)
-    return float(lowest) >= 1.0 and float(highest) <= most
+    else:
+        # -inf less the lowest number is still -inf, where -inf less -inf is nan.
+        row_max.clamp_(min=lowest)
+        block.scatter_(1, label, row_max)
+        block.sub_(row_max)
+    # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
+    torch.sum(block.exp_(), 1, keepdim=True, out=row_sum).sub_(1)
+    return not as_it_is
+
+
+def row_of(matrix: Tensor, height: int, width: int, number: int) -> int:
+    """The first row of a block, or how many there are before the one behind the last."""
+    across = (matrix.size(2) + width - 1) // width
+    return min(number // across * height * matrix.size(2) + number % across * width, matrix.size(0) * matrix.size(2))
 
 
 def margins_(
@@ -100,26 +92,20 @@ def margins_(
     row_sum: Tensor,
     lead: Tensor,
     margin: Tensor,
-    leads: bool,
     shifted: bool,
     first: int,
     last: int,
 ) -> None:
-    """Fill margins z_y - log sum_{j != y} exp(z_j) of rows `first` to `last`, of (N,) each, and leads z_y - max if wanted.
+    """Fill leads z_y - max and margins z_y - max - log sum exp(z_j - max) of rows `first` to `last`, of (N,) each.
 
     The sums are those of exp(z_j - max) if they are `shifted`, else of exp(z_j).
     """
     count = last - first
-    label_logits, sums = label_logit.narrow(0, first, count), row_sum.narrow(0, first, count)
-    margins = margin.narrow(0, first, count)
-    if leads or shifted:
-        torch.sub(label_logits, row_max.narrow(0, first, count), out=lead.narrow(0, first, count))
-    if shifted:
-        torch.sub(lead.narrow(0, first, count), sums.log(), out=margins)
-    else:
-        # Of the logarithm only what is left beside a whole number is rounded: it may be large where the margin is small.
-        whole = sums.log().round_()
-        torch.sub(label_logits, whole, out=margins).sub_(whole.neg_().exp_().mul_(sums).log_())
+    leads, margins = lead.narrow(0, first, count), margin.narrow(0, first, count)
+    maxima, sums = row_max.narrow(0, first, count), row_sum.narrow(0, first, count)
+    torch.sub(label_logit.narrow(0, first, count), maxima, out=leads)
+    torch.log(sums if shifted else maxima.neg().exp_().mul_(sums), out=margins)
+    torch.sub(leads, margins, out=margins)
 
 
 def walk(
@@ -134,10 +120,9 @@ def walk(
     scratch: Tensor | None,
     factor: Tensor | None,
     undivided: bool,
-    leads: bool,
     transform: Tensor | None,
     lowest: float,
-    most: float,
+    highest: float,
     height: int,
     width: int,
     begin: int,
@@ -147,15 +132,13 @@ def walk(
 
     That is exp(z_j - lse), and -1 for the label, times the slope of the transform; a `factor` of None is -1, or where it is
     `undivided` minus the sum of the row, which spares a pass. Without `out` there are the statistics alone. Without `scratch`,
-    which holds a block in the dtype of the statistics, the computation takes place in `out`, which is the logits only if `most`
-    is 0. If it is not, exponentials are those of the logits as they are, but in blocks with a sum that is not from 1 to `most`
-    rows have their maxima subtracted. Leads are noted where they are wanted.
+    which holds a block in the dtype of the statistics, the computation takes place in `out`. Sums are those of `fill_`.
     """
     nothing, minus_one = row_max.new_full([1, 1, 1], float("-inf")), row_max.new_full([1, 1, 1], -1.0)
     across = (logits.size(2) + width - 1) // width
-    # The rows of consecutive blocks are consecutive; margins are for those to find that are alike.
-    of_labels, all_maxima, sums = label_logit.view(-1), row_max.view(-1), row_sum.view(-1)
-    first, alike = row_of(logits, height, width, begin), most == 0.0
+    # The rows of consecutive blocks are consecutive; margins are for rows to find whose sums are alike.
+    of_labels, maxima, sums = label_logit.view(-1), row_max.view(-1), row_sum.view(-1)
+    first, alike = row_of(logits, height, width, begin), False
     for number in range(begin, end):
         plane, position = number // across * height, number % across * width
         planes, positions = min(height, logits.size(0) - plane), min(width, logits.size(2) - position)
@@ -170,19 +153,19 @@ def walk(
             transform_(block, transform, slope)
         at = block_of(label, plane, planes, position, positions)
         total = block_of(row_sum, plane, planes, position, positions)
-        of_label = block_of(label_logit, plane, planes, position, positions)
-        maxima = block_of(row_max, plane, planes, position, positions)
-        shifted = most == 0.0
-        if not shifted and not fill_as_they_are_(block, at, of_label, maxima, total, nothing, leads, most):
-            shifted = True
-            block.copy_(given)
-            if transform is not None:
-                transform_(block, transform, slope)
-        if shifted:
-            fill_(block, at, of_label, maxima, total, nothing, lowest)
+        shifted = fill_(
+            block,
+            at,
+            block_of(label_logit, plane, planes, position, positions),
+            block_of(row_max, plane, planes, position, positions),
+            total,
+            nothing,
+            lowest,
+            highest,
+        )
         if shifted != alike:
             row = row_of(logits, height, width, number)
-            margins_(of_labels, all_maxima, sums, lead, margin, leads, alike, first, row)
+            margins_(of_labels, maxima, sums, lead, margin, alike, first, row)
             first, alike = row, shifted
         if out is not None:
             if factor is not None:
@@ -197,34 +180,21 @@ def walk(
                 block.mul_(slope)
             if scratch is not None:
                 result.copy_(block)
-    margins_(of_labels, all_maxima, sums, lead, margin, leads, alike, first, row_of(logits, height, width, end))
+    margins_(of_labels, maxima, sums, lead, margin, alike, first, row_of(logits, height, width, end))
 
 
-def scale(
-    matrix: Tensor,
-    factor: Tensor,
-    second: Tensor | None,
-    scratch: Tensor | None,
-    height: int,
-    width: int,
-    begin: int,
-    end: int,
-) -> None:
-    """Multiply the rows of blocks `begin` to `end` by their factors, and then by a second, in the dtype of `scratch`.
-
-    That is rounded once to the dtype of the matrix.
-    """
+def scale(matrix: Tensor, factor: Tensor, scratch: Tensor | None, height: int, width: int, begin: int, end: int) -> None:
+    """Multiply the rows of blocks `begin` to `end` by their factors, in the dtype of `scratch`, rounding once."""
     across = (matrix.size(2) + width - 1) // width
     for number in range(begin, end):
         plane, position = number // across * height, number % across * width
         planes, positions = min(height, matrix.size(0) - plane), min(width, matrix.size(2) - position)
         block = block_of(matrix, plane, planes, position, positions)
         factors = block_of(factor, plane, planes, position, positions)
-        product = (block if scratch is None else room_for(scratch, planes, positions).copy_(block)).mul_(factors)
-        if second is not None:
-            product.mul_(block_of(second, plane, planes, position, positions))
-        if scratch is not None:
-            block.copy_(product)
+        if scratch is None:
+            block.mul_(factors)
+        else:
+            block.copy_(room_for(scratch, planes, positions).copy_(block).mul_(factors))
 
 
 def scale_16_bits(
@@ -309,7 +279,6 @@ def weigh(
 class Walks(NamedTuple):
     """The walks, and in words by what they are run."""
 
-    transform_: Callable[..., None]
     walk: Callable[..., None]
     scale: Callable[..., None]
     scale_16_bits: Callable[..., None]
@@ -319,13 +288,13 @@ class Walks(NamedTuple):
     run_by: str
 
 
-PLAIN = Walks(transform_, walk, scale, scale_16_bits, scale_planes_16_bits, logarithms, weigh, "Python")
+PLAIN = Walks(walk, scale, scale_16_bits, scale_planes_16_bits, logarithms, weigh, "Python")
 
 
 @cache
 def walks() -> Walks:
     """The walks compiled; or as they stand, where their source is not at hand or this torch does not compile it."""
-    parts = (block_of, room_for, row_of, fill_, fill_as_they_are_, margins_, *PLAIN[:-1])
+    parts = (block_of, room_for, row_of, transform_, fill_, margins_, *PLAIN[:-1])
     try:
         unit = torch.jit.CompilationUnit("\n\n".join(inspect.getsource(part) for part in parts))
         return Walks(*(getattr(unit, name) for name in Walks._fields[:-1]), run_by="TorchScript")  # type: ignore[misc]

@@ -3,7 +3,7 @@
 Truth is the reference in fp64 on the same, already rounded inputs. A result may differ from it, element by element, by
 `rtol |exact| + atol`. The relative part is first-order rounding analysis in units of u = eps(compute dtype):
 
-- exp(z_j - max): the argument is rounded (where it is z_j itself, it is not), an absolute error of u |z_j - max|, hence a relative error of `2 depth_j` u, where
+- exp(z_j - max): the argument is rounded, an absolute error of u |z_j - max|, hence a relative error of `2 depth_j` u, where
   depth_j = |z_j - max| and max is over the classes other than the label. Their sum has the mean of these errors, each class
   by its share of the sum: `2 depth` u, which is small however low a masked logit is.
 - the margin, z_y - max - log sum, has an absolute error of `2 reach` u, where reach = |z_y - max| + depth + log V.

@@ -145,6 +145,7 @@ class TruncatedGCE(EDF):
         require(self, 0 < self.q <= 1, "q", "0 < q <= 1")
         require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
         require(self, 0 < self.k < 1, "k", "0 < k < 1")
+        require(self, self.k >= TINY, "k", "k to be a normal number of fp32")
 
     def _known_mode(self) -> float | None:
         return max(self.k, self.q / (1 + self.q))
@@ -208,6 +209,8 @@ class SCE(EDF):
         require(self, self.beta >= 0, "beta", "beta >= 0")
         require(self, self.A > 0, "A", "A > 0")
         require(self, self.alpha + self.beta > 0, "beta", "alpha or beta above 0")
+        require(self, not 0 < self.alpha < TINY, "alpha", "alpha to be 0 or a normal number of fp32")
+        require(self, self.beta == 0 or self.A * self.beta >= TINY, "beta", "A beta to be 0 or a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         return 2 * (1 - p) * (self.alpha + self.beta * self.A * p)
@@ -353,6 +356,7 @@ class AGCE(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, self.a >= 0, "a", "a >= 0")
+        require(self, not 0 < self.a < TINY, "a", "a to be 0 or a normal number of fp32")
         require(self, self.q > 0, "q", "q > 0")
         require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
 
@@ -382,6 +386,7 @@ class AEL(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, self.a > 0, "a", "a > 0")
+        require(self, self.a >= TINY, "a", "a to be a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         return 2 / self.a * p * (1 - p) * torch.exp(-p / self.a)
@@ -444,6 +449,7 @@ class SelfPaced(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, self.threshold > 0, "threshold", "threshold > 0")
+        require(self, self.threshold >= TINY, "threshold", "threshold to be a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         return torch.where(-p.log() < self.threshold, 2 * (1 - p), torch.zeros_like(p))
@@ -471,6 +477,7 @@ class SelfPacedLinear(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, self.threshold > 0, "threshold", "threshold > 0")
+        require(self, self.threshold >= TINY, "threshold", "threshold to be a normal number of fp32")
 
     def weight(self, p: Tensor) -> Tensor:
         return 2 * (1 - p) * (1 + p.log() / self.threshold).clamp(min=0)
