@@ -555,6 +555,7 @@ def _scale_16_bits_(matrix: Tensor, factor: Tensor) -> None:
     _run(_planes(matrix), work, None)
 
 
+@calm()
 def margin_gradient(
     logits: Tensor,
     target: Tensor,

@@ -61,8 +61,7 @@ def _only_once(ctx, dvalue: Tensor) -> None:
 
 def _times(coefficient: Tensor, dvalue: Tensor) -> Tensor:
     """The product, (N,), with 0 for rows that do not count whatever their derivative is."""
-    with _calm_on_a_cpu(coefficient):
-        return torch.where(coefficient == 0, torch.zeros_like(coefficient), coefficient * dvalue)
+    return torch.where(coefficient == 0, torch.zeros_like(coefficient), coefficient * dvalue)
 
 
 def _calm_on_a_cpu(tensor: Tensor) -> AbstractContextManager:
@@ -104,8 +103,7 @@ def margin_gradient(
         dlogits = _gradient_like(logits)
         _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, dlogits, transform=transform)
         return dlogits
-    with _cpu.calm():
-        return _cpu.margin_gradient(logits, target, dmargin, ignore_index, transform=transform)
+    return _cpu.margin_gradient(logits, target, dmargin, ignore_index, transform=transform)
 
 
 @margin_gradient.register_fake
@@ -127,8 +125,7 @@ def margin_gradient_(
     if impl == "triton":
         _triton().gradient(logits, target, statistics, None, dmargin, ignore_index, logits, transform=transform)
     else:
-        with _cpu.calm():
-            _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
+        _cpu.margin_gradient(logits, target, dmargin, ignore_index, out=logits, transform=transform)
 
 
 def _margin_setup(ctx, inputs, output) -> None:
@@ -166,7 +163,8 @@ def _attach_to_margin_setup(ctx, inputs, output) -> None:
 
 def _attach_to_margin_backward(ctx, dvalue):
     (coefficient,) = ctx.saved_tensors
-    return _times(coefficient, dvalue), None, None
+    with _calm_on_a_cpu(coefficient):
+        return _times(coefficient, dvalue), None, None
 
 
 attach_to_margin.register_autograd(_attach_to_margin_backward, setup_context=_attach_to_margin_setup)

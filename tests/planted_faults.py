@@ -293,7 +293,7 @@ FAULTS = [
     Fault("operators: a direct call does not tell what it overwrites", "fused_dm/_operator.py", "            increment_version(args[number])\n", "            pass\n"),
     Fault("plans: a family that is registered anew", "fused_dm/_triton.py", "_batch_plan(_of(logits, transform, out), _forms(family), ignore_index)", "_batch_plan(_of(logits, transform, out), globals().setdefault(family, _forms(family)), ignore_index)"),
     Fault("CPU: a forked child waits in the backward pass", "fused_dm/_operators.py", "return _cpu.calm() if tensor.device", "return nullcontext() if tensor.device"),
-    Fault("CPU: a forked child waits in the gradient", "fused_dm/_operators.py", "    with _cpu.calm():\n        return _cpu.margin_gradient", "    with nullcontext():\n        return _cpu.margin_gradient"),
+    Fault("CPU: a forked child waits in the gradient", "fused_dm/_cpu.py", "@calm()\ndef margin_gradient", "def margin_gradient"),
     Fault("CPU: a forked child waits for threads", "fused_dm/_operators.py", "    with _cpu.calm():\n        finite", "    if True:\n        finite"),
     Fault("operators: called directly with a batch of gradients", "fused_dm/_operator.py", "type(tensor) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(tensor)", "type(tensor) in _PLAIN"),
     Fault("rows: looked at though they are of a subclass", "fused_dm/_loss.py", "is_eager() and is_plain(margin)", "is_eager()"),

@@ -164,7 +164,7 @@ class TestMaxima:
         monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS", 50 * self.CLASSES)
 
     def batch(self, dtype, offsets):
-        """Two blocks of each, in turn; of the second a row is no neighbour of its like."""
+        """Two blocks at each offset, in turn; a row of the second block is far below its neighbours."""
         logits, target = make(50 * len(offsets) * 2, self.CLASSES, torch.float64)
         logits += torch.tensor(offsets, dtype=torch.float64).repeat_interleave(50).repeat(2)[:, None]
         logits[61] -= 200

@@ -438,7 +438,7 @@ class SelfPaced(EDF):
         threshold: above 0, in nats: examples with p > exp(-threshold) count.
 
     Raises:
-        ValueError: `threshold` is not above 0.
+        ValueError: `threshold` is not above 0, or is less than fp32 holds.
 
     Reference: Kumar et al., Self-Paced Learning for Latent Variable Models, NIPS 2010.
     """
@@ -466,7 +466,7 @@ class SelfPacedLinear(EDF):
         threshold: above 0, in nats: examples with p > exp(-threshold) count.
 
     Raises:
-        ValueError: `threshold` is not above 0.
+        ValueError: `threshold` is not above 0, or is less than fp32 holds.
 
     Reference: Jiang et al., Easy Samples First: Self-paced Reranking for Zero-Example Multimedia Search, ACM MM 2014.
     """
