@@ -158,6 +158,12 @@ def _calm(impl: str) -> contextlib.AbstractContextManager:
     return _cpu.calm() if impl == "cpu" and not torch.compiler.is_compiling() else contextlib.nullcontext()
 
 
+def _labels_of(target: Tensor, impl: str) -> Tensor:
+    """The labels (N,) in 64 bits: in a narrower dtype a comparison with ignore_index or with V would wrap around."""
+    with _calm(impl):
+        return target.reshape(-1).long()
+
+
 def _compute(
     logits: Tensor,
     target: Tensor,
@@ -182,8 +188,7 @@ def _compute(
     impl = _validation.choose_impl(impl, logits)
     _validation.check_transforms(logits, impl)
     _validation.check_inplace(inplace, logits, impl)
-    # 64-bit: in a narrower dtype a comparison with ignore_index or with V would wrap around.
-    labels = target.reshape(-1).long()
+    labels = _labels_of(target, impl)
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
     inplace = inplace and needs_gradient(logits)
     if _validation.validates_labels(first=inplace and impl == "cpu"):
@@ -628,13 +633,14 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
     _validation.check_transforms(logits, impl)
-    rows, labels = _rows_of(logits, impl), target.reshape(-1).long()
-    if _validation.validates_labels():
-        _validation.check_labels(labels, rows.shape[1], ignore_index)
-    if impl == "reference":
-        margins = reference.margin(rows, labels, ignore_index)
-    else:
-        margins = _operators.margin(rows, labels, ignore_index, impl)[0]
+    rows, labels = _rows_of(logits, impl), _labels_of(target, impl)
+    with _calm(impl):
+        if _validation.validates_labels():
+            _validation.check_labels(labels, rows.shape[1], ignore_index)
+        if impl == "reference":
+            margins = reference.margin(rows, labels, ignore_index)
+        else:
+            margins = _operators.margin(rows, labels, ignore_index, impl)[0]
     return margins.reshape(target.shape)
 
 

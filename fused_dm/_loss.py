@@ -167,16 +167,21 @@ def weights_of(found: OfMargins) -> Weights:
 
 @torch.no_grad()
 def coefficients_of(found: OfMargins, dtype: torch.dtype) -> Tensor:
-    """k of each row, (N,) in `dtype`: the gradient is k exp(z_j - lse) for the other classes and -k for the label."""
+    """k of each row, (N,) in `dtype`: the gradient is k exp(z_j - lse) for the other classes and -k for the label.
+
+    A row that does not count has 0, whatever the divisor is.
+    """
     if found.factors is None:
         undivided, divisor = _joined(found.undivided), found.totals.divisor
         if undivided.dtype == dtype:
-            return undivided / divisor.to(dtype)
-        return (undivided / rounded_in_range(divisor, dtype)).to(dtype)
+            coefficient = undivided / divisor.to(dtype)
+        else:
+            coefficient = (undivided / rounded_in_range(divisor, dtype)).to(dtype)
+        return coefficient.masked_fill_(undivided == 0, 0.0)
     sizes = [len(part) for part in found.undivided]
     coefficient = found.undivided[0].new_empty(sum(sizes))
     for part, factor, out in zip(found.undivided, found.factors, coefficient.split(sizes), strict=True):
-        torch.mul(part, factor, out=out)
+        torch.mul(part, factor, out=out).masked_fill_(part == 0, 0.0)
     return coefficient
 
 

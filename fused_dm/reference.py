@@ -209,9 +209,9 @@ def dm_loss(
         divisor = torch.where(counts.any(), c.sum(), 1)
     else:
         divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=torch.float64, device=z.device)
-    value = torch.where(counts, c * value, 0) / divisor
+    value = torch.where(counts, c * value, 0)
     gradient = torch.where(counts[:, None] & (direction != 0), (cw / divisor).to(z.dtype)[:, None] * direction, 0)
-    value = (value if reduction == "none" else value.sum()).to(z.dtype)
+    value = ((value if reduction == "none" else value.sum()) / divisor).to(z.dtype)
     others = z.scatter(1, label, -torch.inf)
     return ReferenceOutput(
         loss=_Defined.apply(logits, value, gradient),

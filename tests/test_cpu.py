@@ -13,7 +13,7 @@ from batches import DTYPES, GPU, Batch, make, run
 from tolerance import check, compare, expected
 
 import fused_dm
-from fused_dm import _cpu, _walk, dm_loss, edf
+from fused_dm import _cpu, _walk, dm_loss, edf, margin
 
 DM = edf.DM(beta=8, lambd=0.5)
 
@@ -456,7 +456,9 @@ def _with_a_child() -> None:
     # Whose own backward passes on what it gets.
     overwritten = batch.logits.clone().requires_grad_().clone()
     others = [batch.logits.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)]
-    child = multiprocessing.get_context("fork").Process(target=_in_the_child, args=(batch, dlogits, others, overwritten))
+    narrow, dmargins = batch.target.int(), {dtype: torch.ones(50000, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+    given = (batch, dlogits, others, overwritten, narrow, dmargins)
+    child = multiprocessing.get_context("fork").Process(target=_in_the_child, args=given)
     child.start()
     child.join(60)
     if child.is_alive():
@@ -466,7 +468,12 @@ def _with_a_child() -> None:
 
 
 def _in_the_child(
-    batch: tuple[torch.Tensor, torch.Tensor], alone: torch.Tensor, others: list[torch.Tensor], overwritten: torch.Tensor
+    batch: tuple[torch.Tensor, torch.Tensor],
+    alone: torch.Tensor,
+    others: list[torch.Tensor],
+    overwritten: torch.Tensor,
+    narrow: torch.Tensor,
+    dmargins: dict[torch.dtype, torch.Tensor],
 ) -> None:
     # Nothing but the loss: torch's own calls would wait.
     logits, target = batch
@@ -476,6 +483,13 @@ def _in_the_child(
     for logits in others:
         dm_loss(logits.requires_grad_(), target, DM).backward()
     dm_loss(overwritten, target, DM.log_weight, inplace=True).backward()
+    for logits in (batch[0], *others):
+        # Without a gradient from before, to which torch would add.
+        logits.grad = None
+        dm_loss(logits, narrow, DM).backward()
+        logits.grad = None
+        margins = margin(logits, narrow)
+        margins.backward(dmargins[margins.dtype])
 
 
 @pytest.mark.usefixtures("small_blocks", "two_threads")

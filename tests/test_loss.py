@@ -1,5 +1,8 @@
 """Every implementation against the reference in fp64: shapes, dtypes, reductions, weights, ignored rows, extremes."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from batches import DTYPES, EMPHASES, IMPLEMENTATIONS, SHAPES, device_of, make, run
@@ -7,6 +10,7 @@ from tolerance import check, compare, expected
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from fused_dm import dm_loss, edf
+from fused_dm._cpu import PIECE_ROWS
 
 DM = edf.DM(beta=8, lambd=0.5)
 
@@ -103,6 +107,40 @@ def test_weights_of_any_sign(impl, reduction, emphasis, dtype):
     sample_weight[::7] = 0
     for options in ({"weight": weight}, {"sample_weight": sample_weight}, {"weight": weight, "sample_weight": sample_weight}):
         verify(impl, batch, emphasis, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize(
+    ("impl", "inplace"), sorted(set(itertools.product(IMPLEMENTATIONS, [False, True])) - {("reference", True)})
+)
+@pytest.mark.parametrize("divisor", ["nan", "zero"])
+@pytest.mark.parametrize("emphasis", [DM, lambda log_p, log_q: log_q], ids=["dm", "custom"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_do_not_count_have_no_gradient_whatever_the_divisor_is(impl, inplace, divisor, emphasis, dtype):
+    """An ignored row, and those whose weight is 0: their gradient is 0 where that of all others is nan or infinite."""
+    # On a CPU in several pieces.
+    rows = PIECE_ROWS + 4 if impl == "cpu" else 4
+    logits, target = make(rows, 3, dtype)
+    device = device_of(impl)
+    sample_weight = torch.zeros(rows)
+    sample_weight[:2] = torch.tensor([1.0, -1.0])
+    sample_weight[3] = 1.0
+    target[3] = -100
+    if divisor == "nan":
+        logits[0] = torch.nan
+    leaf = logits.to(device).requires_grad_()
+    # Triton's interpreter computes with numpy.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        dm_loss(
+            leaf * 1,
+            target.to(device),
+            emphasis,
+            sample_weight=sample_weight.to(device),
+            reduction="sum_weight" if divisor == "nan" else "mean",
+            inplace=inplace,
+            impl=impl,
+        ).backward()
+    assert not leaf.grad[:2].isfinite().any()
+    assert torch.equal(leaf.grad[2:], torch.zeros_like(leaf.grad[2:]))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
