@@ -217,6 +217,8 @@ def scale_16_bits(
         torch.ops.aten.native_batch_norm(
             block, factors, mean, mean, variance, False, 0.0, 0.0, out=block, save_mean=nothing, save_invstd=nothing
         )
+        # Torch 2.11 looks at the block once more when the call no longer holds it: a use keeps it until then.
+        assert block.size(1) == count
 
 
 def scale_planes_16_bits(matrix: Tensor, factor: Tensor, begin: int, end: int) -> None:
@@ -228,6 +230,7 @@ def scale_planes_16_bits(matrix: Tensor, factor: Tensor, begin: int, end: int) -
         torch.ops.aten.native_batch_norm(
             plane, factors, zero, zero, one, False, 0.0, 0.0, out=plane, save_mean=nothing, save_invstd=nothing
         )
+        assert plane.size(1) == positions  # As above.
 
 
 def logarithms(margin: Tensor, step: int) -> tuple[Tensor, Tensor]:

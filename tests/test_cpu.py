@@ -436,6 +436,14 @@ class TestThreads:
             caller.join()
         assert all(torch.equal(alone[i], together[i]) for i in range(4))
 
+    @pytest.mark.parametrize("shape", [(16, 5003), (4, 7, 40, 40)], ids=["rows", "planes"])
+    def test_memory_outlives_the_calls_that_look_at_it(self, shape):
+        """Many steps in 16 bits, in a process of its own: torch 2.11 crashes where it looks at memory that is free."""
+        steps = multiprocessing.get_context("spawn").Process(target=_in_16_bits, args=(shape,))
+        steps.start()
+        steps.join()
+        assert steps.exitcode == 0
+
     @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this platform")
     @pytest.mark.skipif(GPU, reason="autograd refuses a fork where a GPU has been used")
     def test_after_a_fork(self):
@@ -445,6 +453,13 @@ class TestThreads:
         parent.start()
         parent.join(120)
         assert parent.exitcode == 0
+
+
+def _in_16_bits(shape: tuple[int, ...]) -> None:
+    torch.set_num_threads(1)
+    for _ in range(200):
+        logits = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+        dm_loss(logits, torch.randint(shape[1], (shape[0], *shape[2:])), DM).backward()
 
 
 def _with_a_child() -> None:
