@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.install()
+else:
+    # Inductor would start a process a core in each of the test processes.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The tests' tensors are small: threads cost more than they bring, above all where several test processes share two cores.
 torch.set_num_threads(1)
 

@@ -63,6 +63,9 @@ class TestStudy:
         found = json.loads((tmp_path / "s.json").read_text())
         (case,) = found["cases"].values()
         for name, result in case["ways"].items():
+            if "failed" in result:  # A rival that does not take so small a case.
+                assert not result["ours"], name
+                continue
             assert result["step_ms"]["q20"] <= result["step_ms"]["q50"] <= result["step_ms"]["q80"], name
             if name.startswith("fused_dm"):
                 assert result["error_share"] <= 1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 from matplotlib.image import imread
 from typer.testing import CliRunner
@@ -124,6 +125,10 @@ def test_picture_of_every_kind_of_edf(tmp_path):
         draw_edfs([kind(**{name: defaults.get(name, 2.0) for name in needed})], tmp_path / "edf.png")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, matplotlib.__version__.split(".")[:2])) < (3, 11),
+    reason="drawn by matplotlib 3.11, others place text otherwise",
+)
 def test_gallery_is_drawn_by_the_command_that_is_given(tmp_path):
     (command,) = re.findall(r"fused-dm (plot .*) -o docs/edf_gallery.png", (ROOT / "docs" / "choosing-an-edf.md").read_text())
     assert command.split()[1:] == GALLERY
