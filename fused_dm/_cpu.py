@@ -568,7 +568,8 @@ def margin_gradient(
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
     walk.run(out, dmargin, beside=populate)
-    zero = (dmargin == 0) | (walk.row_sum == 0)
+    # Where no other class has any probability there is no gradient, unless the derivative is nan.
+    zero = (dmargin == 0) | (walk.row_sum == 0) & ~dmargin.isnan()
     if walk.valid is not None:
         zero |= ~walk.valid
     if zero.any():

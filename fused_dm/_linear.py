@@ -111,7 +111,7 @@ class _Call(NamedTuple):
     impl: str
 
 
-def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
+def _loss(call: _Call) -> tuple[Tensor, Received | None, Tensor]:
     problem = call.problem
     input, target, ignore_index = problem.logits, problem.target, problem.ignore_index
     given = (input, call.weight, call.bias)
@@ -136,8 +136,11 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
             problem.transform,
         )
         margin, lead, reference_log, *gradients = results
-        found = of_margins(problem, margin)
+        found = of_margins(problem, margin, keep_weights=problem.return_output)
         factor = unit * torch.exp((reference_log - found.totals.log_scale).double()) / found.totals.divisor
+        if problem.normalizer is not None:
+            # Gradients of 0, divided by a 0 that says that no row counts.
+            factor = torch.where((target != ignore_index).any() | factor.isfinite(), factor, 0.0)
         loss = _linear_operators.attach_linear_gradients(*given, found.loss, *gradients, factor.to(margin.dtype))
     else:
         sparse = call.skip_tolerance > 0 or call.drop_ignored
@@ -153,14 +156,15 @@ def _loss(call: _Call) -> tuple[Tensor, Received, Tensor]:
             problem.transform,
         )
         lead = statistics[2]
-        found = of_margins(problem, margin)
+        found = of_margins(problem, margin, keep_weights=problem.return_output)
         loss, coefficient = found.loss, coefficients_of(found, margin.dtype)
         if call.skip_tolerance > 0:
             coefficient, skipped = _skip(coefficient, target != ignore_index, call.skip_tolerance)
         if any(wanted):
             loss = _operators.attach_to_margin(margin, loss, -coefficient)
-    got = received(problem, margin.detach(), lead, *weights_of(found), found.totals)
-    return loss, got, skipped
+    if not problem.return_output:
+        return loss, None, skipped
+    return loss, received(problem, margin.detach(), lead, *weights_of(found), found.totals), skipped
 
 
 def _compute(
@@ -189,9 +193,10 @@ def _compute(
     _validation.check_linear(input, linear_weight, linear_bias, target, ignore_index, autocast is not None)
     _validation.check_linear_weights(input, linear_weight, target, weight, sample_weight)
     for name, value in (("normalizer", normalizer), ("softcap", softcap), ("logit_scale", logit_scale)):
-        _validation.check_scalar_device(name, value, "input", input)
+        _validation.check_linear_scalar(name, value, input)
     impl = _validation.choose_impl(impl, input)
-    _validation.check_transforms(input, impl)
+    given = (input, linear_weight, linear_bias, weight, sample_weight, normalizer, softcap, logit_scale)
+    _validation.check_transforms(impl, *given)
     if drop_ignored and _validation.is_captured(input.device):
         raise RuntimeError("drop_ignored=True: expected a call outside CUDA graph capture, as it waits for the GPU")
     labels = target.reshape(-1).long()
@@ -210,7 +215,7 @@ def _compute(
         loss, *rest = reference.dm_loss(
             F.linear(rows, linear_weight, linear_bias),
             labels,
-            emphasis if params is None else _bound(emphasis, params),
+            _bound(emphasis, params),
             weight=weight,
             sample_weight=row_weight,
             ignore_index=ignore_index,
@@ -220,7 +225,8 @@ def _compute(
             softcap=softcap,
             logit_scale=logit_scale,
         )
-        got, skipped = Received(*rest), torch.zeros((), device=input.device)
+        got: Received | None = Received(*rest)
+        skipped = torch.zeros((), device=input.device)
     else:
         dtype = input.dtype if autocast is None or input.dtype == torch.float64 else autocast
         if params is None:
@@ -255,7 +261,7 @@ def _compute(
         loss, got, skipped = _loss(call)
     if reduction == "none":
         loss = loss.reshape(target.shape)
-    if not return_output:
+    if got is None or not return_output:
         return loss
     return LinearDMOutput(
         loss=loss,

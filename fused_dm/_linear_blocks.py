@@ -333,7 +333,8 @@ def margin_gradients(
             products.add(at, block)
         else:
             _cpu.direction(block, labels, ignore_index, out=direct, transform=transform)
-            counts = (labels != ignore_index) & (statistics[1, at] != 0)
+            # Where no other class has any probability there is no gradient, unless the derivative is nan.
+            counts = (labels != ignore_index) & ((statistics[1, at] != 0) | dmargin[at].isnan())
             k = torch.where(counts, -dmargin[at], torch.zeros_like(dmargin[at]))
             _clear(direct, k)
             products.add(at, direct, k)

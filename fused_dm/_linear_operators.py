@@ -8,6 +8,9 @@ from ._linear_blocks import How, Layer, Wanted, Weighting, layer_of
 from ._operator import is_batch, operator
 from ._rows import compute_dtype
 
+# Of a power of 2 by which derivatives in fp32 are divided, before it is itself divided by the headroom.
+LEAST_UNIT = 2.0**-100
+
 
 def _once(ctx) -> None:
     if torch.is_grad_enabled():
@@ -247,9 +250,10 @@ def linear_margin_gradients(
         statistics = statistics.index_select(1, kept)
     unit = None
     if dtype == torch.float16 and dmargin.numel():
-        # A power of 2: divided already, the coefficients may be below the range of fp16.
+        # A power of 2: divided already, the coefficients may be below the range of fp16. It is itself in the range of fp32.
         top = dmargin.abs().amax()
-        unit = torch.exp2(torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top)).log2().floor())
+        top = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top)).clamp(min=LEAST_UNIT)
+        unit = torch.exp2(top.log2().floor())
         unit = unit * (2 / _linear_blocks.HEADROOM)
         dmargin = dmargin / unit
     found = _linear_blocks.margin_gradients(

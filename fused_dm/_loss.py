@@ -19,6 +19,7 @@ from ._rows import (
     example_weights,
     largest_log_weight,
     mean_divisor,
+    quotient,
     rescaled_values,
     rounded_in_range,
     row_terms,
@@ -270,7 +271,7 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
     total = _folded(values, torch.sum)
     if loss is not None:
         total = total * torch.exp(-totals.log_scale.double())
-    return OfMargins((total / totals.divisor).to(margin.dtype), totals, kept, undivided, factors)
+    return OfMargins(quotient(total, totals.divisor).to(margin.dtype), totals, kept, undivided, factors)
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:

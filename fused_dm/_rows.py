@@ -140,6 +140,11 @@ def rescaled_values(values: Tensor, share: Tensor) -> Tensor:
     return torch.where(values.isinf(), values, values * share)
 
 
+def quotient(total: Tensor, divisor: Tensor) -> Tensor:
+    """The value of a batch, 0-d fp64. 0 divided by 0 is 0, as where no row counts and their number divides."""
+    return total / torch.where((total == 0) & (divisor == 0), 1.0, divisor)
+
+
 def largest_log_weight(log_weight: Tensor) -> Tensor:
     """The largest log |c w| of these rows or log 1e-8, whichever is larger; 0-d."""
     # Not torch.cat: in a graph of several losses inductor hands its memory on while what was put there is still to be read.

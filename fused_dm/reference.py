@@ -211,7 +211,9 @@ def dm_loss(
         divisor = torch.as_tensor(1.0 if normalizer is None else normalizer, dtype=torch.float64, device=z.device)
     value = torch.where(counts, c * value, 0)
     gradient = torch.where(counts[:, None] & (direction != 0), (cw / divisor).to(z.dtype)[:, None] * direction, 0)
-    value = ((value if reduction == "none" else value.sum()) / divisor).to(z.dtype)
+    value = value if reduction == "none" else value.sum()
+    # 0 where no row counts, also if their number divides.
+    value = (value / torch.where((value == 0) & (divisor == 0), 1, divisor)).to(z.dtype)
     others = z.scatter(1, label, -torch.inf)
     return ReferenceOutput(
         loss=_Defined.apply(logits, value, gradient),

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from batches import EMPHASES, IMPLEMENTATIONS, device_of, make, run
+from batches import DTYPES, EMPHASES, IMPLEMENTATIONS, device_of, make, run
 from tolerance import check, expected
 
 import fused_dm
-from fused_dm import edf
+from fused_dm import dm_loss, edf
 
 DM = edf.DM(beta=8, lambd=0.5)
 REDUCTIONS = ["sum_weight", "mean", "sum", "none"]
@@ -33,6 +33,50 @@ def test_every_row_ignored(impl, reduction, emphasis):
     assert (output.example_weight == 0).all()
     assert output.target_prob.isnan().all()
     assert not output.correct.any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("emphasis", EMPHASES, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_row_ignored_and_divided_by_their_number(impl, emphasis, inplace):
+    """A normalizer of 0, which says that no row counts: 0 and not nan."""
+    logits, _ = make(7, 11)
+    leaf = logits.to(device_of(impl)).requires_grad_()
+    target = torch.full((7,), -100, device=leaf.device)
+    options = {"reduction": "sum", "normalizer": (target != -100).sum(), "impl": impl}
+    # The interpreter computes with numpy, which warns of a quotient that is not used.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loss = dm_loss(leaf * 1, target, emphasis, inplace=inplace and impl != "reference", **options)
+        loss.backward()
+    assert loss == 0
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+NOTHING_BUT_NAN = {
+    "one class": [math.nan],
+    "nan": [math.nan, -math.inf, -math.inf],
+    "+inf": [math.inf, -math.inf, -math.inf],
+    "nothing": [-math.inf, -math.inf, -math.inf],
+}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("row", NOTHING_BUT_NAN.values(), ids=NOTHING_BUT_NAN)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), lambda log_p, log_q: log_q], ids=["dm", "cce", "custom"])
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_value_of_nan_has_a_gradient_of_nan(impl, row, reduction, emphasis, eps, inplace):
+    """Also where no other class has any probability, which otherwise has no gradient: a guard that looks there sees it."""
+    inplace = inplace and impl != "reference"
+    target = torch.zeros(2, dtype=torch.int64, device=device_of(impl))
+    for dtype in DTYPES:
+        leaf = torch.tensor([row, row], dtype=dtype, device=device_of(impl)).requires_grad_()
+        with interpreted_infinities(impl):
+            loss = dm_loss(leaf * 1, target, emphasis, reduction=reduction, eps=eps, inplace=inplace, impl=impl)
+            loss.sum().backward()
+        assert loss.isnan().all()
+        assert leaf.grad.isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -1,5 +1,8 @@
 """The last layer and the loss together, against dm_loss of the whole layer's logits and the reference in fp64."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +55,109 @@ MODES = {
     "accumulated, without ignored rows": {"drop_ignored": True},
     "recomputed, without ignored rows": {"recompute": True, "drop_ignored": True},
 }
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), lambda log_p, log_q: log_q], ids=["dm", "cce", "custom"])
+def test_every_row_ignored_and_divided_by_their_number(impl, mode, emphasis):
+    x, w, b, _ = layer(dtype=torch.float32)
+    target = torch.full((23,), -100)
+    output, found = run(impl, x, w, b, target, emphasis, reduction="sum", normalizer=(target != -100).sum(), **mode)
+    assert output.loss == 0
+    for name, gradient in found.items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE(), lambda log_p, log_q: log_q], ids=["dm", "cce", "custom"])
+def test_a_value_of_nan_has_a_gradient_of_nan(impl, recompute, dtype, emphasis):
+    """Where no other class has any probability, too."""
+    x, w = torch.zeros(2, 1, dtype=dtype), torch.zeros(3, 1, dtype=dtype)
+    for row in ([torch.nan, -torch.inf, -torch.inf], [torch.inf, -torch.inf, -torch.inf], [-torch.inf] * 3):
+        target, b = torch.zeros(2, dtype=torch.int64), torch.tensor(row, dtype=dtype)
+        with np.errstate(invalid="ignore"):
+            output, found = run(impl, x, w, b, target, emphasis, reduction="mean", recompute=recompute)
+        assert output.loss.isnan()
+        assert found["dbias"].isnan().all()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize(
+    ("gap", "emphasis", "options", "dloss"),
+    [
+        (94.0, edf.MAE(), {"reduction": "mean", "recompute": True}, 1.0),
+        (-96.0, edf.CCE(), {"reduction": "mean", "recompute": True}, 1.0),
+        (95.0, lambda log_p, log_q: log_p + log_q, {"reduction": "sum"}, 1.0),
+        (3.0, edf.CCE(), {"reduction": "mean", "recompute": True}, 1e-42),
+        (3.0, edf.CCE(), {"reduction": "sum", "normalizer": 1e42, "recompute": True}, 1.0),
+    ],
+    ids=["hopeless", "fitted", "custom", "a small dloss", "a large divisor"],
+)
+def test_derivatives_below_the_range_of_fp32_in_fp16(impl, gap, emphasis, options, dloss):
+    """They are 0 in fp16, and were nan."""
+    x, w = torch.ones(2, 1, dtype=torch.float16), torch.tensor([[0.0], [gap]], dtype=torch.float16)
+    target = torch.zeros(2, dtype=torch.int64)
+    output, found = run(impl, x, w, None, target, emphasis, torch.tensor(dloss), **options)
+    assert output.loss.isfinite()
+    for name, gradient in found.items():
+        assert (gradient == 0).all(), name
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "sample_weight", "weight", "normalizer"])
+def test_transforms_are_refused_by_every_argument(impl, name):
+    """They would lose the gradient, or mix the batches."""
+    x, w, b, target = (tensor.to(device_of(impl)) for tensor in layer(6, 5, 9, torch.float32))
+    given = {"input": x, "linear_weight": w, "linear_bias": b, "sample_weight": torch.ones_like(x[:, 0])}
+    given |= {"weight": torch.ones_like(b), "normalizer": torch.ones_like(b[0])}
+
+    def loss(value):
+        return linear_dm_loss(target=target, emphasis=DM, reduction="sum", impl=impl, **{**given, name: value})
+
+    value = given[name]
+    refused = rf"impl='{impl}': expected plain autograd.*pass impl='reference'"
+    for forward_mode in (
+        lambda: torch.func.jvp(loss, (value,), (value,)),
+        lambda: torch.func.jacfwd(loss)(value),
+    ):
+        with pytest.raises(RuntimeError, match=refused):
+            forward_mode()
+    with pytest.raises((RuntimeError, ValueError), match=rf"{refused}|{name}: expected a tensor that does not require grad"):
+        torch.func.grad(loss)(value)
+    with pytest.raises(ValueError, match=rf"{name}: expected a tensor outside torch.vmap"):
+        torch.vmap(loss)(value[None])
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"softcap": 3.0}, {"reduction": "mean"}], ids=str)
+@pytest.mark.parametrize("emphasis", [DM, edf.CCE()], ids=str)
+def test_export_save_and_load(impl, options, emphasis):
+    x, w, b, target = layer(dtype=torch.float32)
+    where = device_of(impl)
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear_weight, self.linear_bias = torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())
+            self.criterion = LinearDMLoss(emphasis, impl=impl, **options)
+
+        def forward(self, features, target):
+            return self.criterion(features, self.linear_weight, target, linear_bias=self.linear_bias)
+
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(Head().to(where), (x.to(where), target.to(where))), buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    loss = loaded(x.to(where), target.to(where))
+    loss.backward()
+    truth = expected_linear(x, w, target, emphasis, linear_bias=b, **{k: v for k, v in options.items() if k != "recompute"})
+    compare("loss", loss, truth.loss, truth.allowed["loss"])
+    for name, parameter in (("dweight", loaded.linear_weight), ("dbias", loaded.linear_bias)):
+        compare(name, parameter.grad, getattr(truth, name), truth.allowed[name])
 
 
 def verify(impl, given, emphasis, dloss=None, modes=None, **options):

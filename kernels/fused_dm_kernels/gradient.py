@@ -80,7 +80,8 @@ def gradient_kernel(
     else:
         dloss = tl.load(dloss_ptr + row * dloss_stride, mask=exists, other=0.0).to(row_sum.dtype)
     if totals_ptr is None:
-        k = tl.where(valid & (row_sum != 0.0), -dloss, 0.0)
+        # No other class: no gradient, unless the derivative is nan.
+        k = tl.where(valid & ((row_sum != 0.0) | (dloss != dloss)), -dloss, 0.0)
         read = in_words(valid, target_ptr, row, exists, ignore_index, UNIT, LAYOUT)
     else:
         log_weight = tl.load(rows_ptr + row + 3 * N.to(tl.int64), mask=exists, other=0.0)

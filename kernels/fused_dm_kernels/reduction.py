@@ -55,7 +55,9 @@ def store_totals(top, weights, values, normalizer_ptr, loss_ptr, totals_ptr, dty
         values = tl.where(values == 0.0, 0.0, values * tl.exp(joint - log_scale))
     else:
         values *= tl.exp(-log_scale)
-    tl.store(loss_ptr, (values / divisor).to(loss_ptr.dtype.element_ty))
+    # 0 divided by 0, as where no row counts and their number divides, is 0.
+    loss = values / tl.where((values == 0.0) & (divisor == 0.0), 1.0, divisor)
+    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
     tl.store(totals_ptr, log_scale)
     tl.store(totals_ptr + 1, divisor)
     tl.store(totals_ptr + 2, relative_sum * tl.exp(joint))

@@ -523,14 +523,15 @@ def store_partials(partials_ptr, tile, tiles, log_weight, sign, value, LOSS: tl.
 def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
     """k = dloss unit exp(log |c w| - log_scale) / divisor, which is fp64; 0 where no other class has any probability.
 
-    A row that does not count (unit 0) has 0 whatever dloss is.
+    A row that does not count (unit 0) has 0 whatever dloss is. One whose margin is nan has nan.
     """
     # The number 0 says so while it is compiled; what is loaded is 0 for a known divisor, and otherwise the largest log |c w|.
     if log_scale == 0.0:
         k = over_divisor(dloss * unit, log_weight, divisor)
     else:
         k = dloss * unit * exp(log_weight - log_scale) / divisor.to(unit.dtype)
-    return tl.where((row_sum == 0.0) | (unit == 0.0), 0.0, k)
+    alone = (row_sum == 0.0) & (log_weight == log_weight)
+    return tl.where(alone | (unit == 0.0), 0.0, k)
 
 
 @triton.jit
