@@ -99,8 +99,8 @@ def _custom(log_weight: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not isinstance(value, Tensor) or value.shape != log_p.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"emphasis: expected log_weight to return a tensor of shape {tuple(log_p.shape)}, got {got}")
-        if value.is_complex():
-            raise ValueError(f"emphasis: expected log_weight to return real numbers, got {value.dtype}")
+        if not value.is_floating_point():
+            raise ValueError(f"emphasis: expected log_weight to return a float tensor, got {value.dtype}")
         return value.to(log_p.dtype)
 
     return checked
@@ -123,11 +123,13 @@ class _Bound(NamedTuple):
     has_loss: bool
 
 
-def _bound(emphasis: edf.EDF | Callable, params: Tensor) -> _Bound | Callable:
+def _bound(emphasis: edf.EDF | Callable, params: Tensor | None) -> _Bound | Callable:
     if not isinstance(emphasis, edf.EDF):
-        return emphasis
-    _, *values = params.unbind()
+        return _custom(emphasis)
+    values = emphasis.params if params is None else params.unbind()[1:]
     log_weight, loss = emphasis.forms
+    if emphasis.structure is None:
+        log_weight = _custom(log_weight)
     return _Bound(
         lambda log_p, log_q: log_weight(log_p, log_q, *values),
         None if loss is None else lambda log_p, log_q: loss(log_p, log_q, *values),
@@ -186,7 +188,7 @@ def _compute(
     for name, value in (("normalizer", normalizer), ("softcap", softcap), ("logit_scale", logit_scale)):
         _validation.check_scalar_device(name, value, "logits", logits)
     impl = _validation.choose_impl(impl, logits)
-    _validation.check_transforms(logits, impl)
+    _validation.check_transforms(impl, logits, weight, sample_weight, normalizer, softcap, logit_scale)
     _validation.check_inplace(inplace, logits, impl)
     labels = _labels_of(target, impl)
     row_weight = None if sample_weight is None else sample_weight.reshape(-1)
@@ -202,7 +204,7 @@ def _compute(
         loss, *rest = reference.dm_loss(
             rows,
             labels,
-            emphasis if params is None else _bound(emphasis, params),
+            _bound(emphasis, params),
             weight=weight,
             sample_weight=row_weight,
             ignore_index=ignore_index,
@@ -632,7 +634,7 @@ def margin(logits: Tensor, target: Tensor, *, ignore_index: int = -100, impl: st
     """
     _validation.check_logits_and_target(logits, target, ignore_index)
     impl = _validation.choose_impl(impl, logits)
-    _validation.check_transforms(logits, impl)
+    _validation.check_transforms(impl, logits)
     rows, labels = _rows_of(logits, impl), _labels_of(target, impl)
     with _calm(impl):
         if _validation.validates_labels():

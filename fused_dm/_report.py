@@ -105,8 +105,11 @@ class EmphasisReport:
             The matplotlib figure.
 
         Raises:
+            TypeError: `where` is neither.
             ModuleNotFoundError: matplotlib is not installed; the message names the command that installs it.
         """
+        if where is None or isinstance(where, (int, float)):
+            raise TypeError(f"where: expected a path or matplotlib axes, got {where!r}")
         require("EmphasisReport.plot", "plot", "matplotlib")
         from . import _plot
 
@@ -135,6 +138,8 @@ def _check(
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
         if tuple(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, that of the output's rows, got {tuple(value.shape)}")
+    if target.dtype.is_floating_point or target.dtype.is_complex:
+        raise TypeError(f"target: expected labels of an integer dtype, got {target.dtype}")
     if noisy is not None and noisy.dtype != torch.bool:
         raise TypeError(f"noisy: expected dtype bool, True where the label is wrong, got {noisy.dtype}")
     pair = isinstance(thresholds, (tuple, list)) and len(thresholds) == 2

@@ -104,10 +104,7 @@ def check_linear(
         _check_dense(name, value)
         if value.device != input.device:
             raise ValueError(f"{name}: expected device {input.device}, that of input, got {value.device}")
-        if is_batched(value):
-            raise ValueError(
-                f"{name}: expected a tensor outside torch.vmap; give input all batches, in dimensions before the last"
-            )
+        _refuse_batches(name, value)
     for name, value in layer.items():
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {value.dtype}")
@@ -138,6 +135,11 @@ def check_linear(
             f"target: expected shape {expected} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
     check_ignore_index(ignore_index)
+
+
+def _refuse_batches(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and is_batched(value):
+        raise ValueError(f"{name}: expected a tensor outside torch.vmap; give input all batches, in dimensions before the last")
 
 
 def check_linear_options(
@@ -180,6 +182,13 @@ def check_linear_weights(
     input: Tensor, linear_weight: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
 ) -> None:
     _check_weights("input", input, linear_weight.shape[0], target, weight, sample_weight)
+    _refuse_batches("weight", weight)
+    _refuse_batches("sample_weight", sample_weight)
+
+
+def check_linear_scalar(name: str, value: Any, input: Tensor) -> None:
+    check_scalar_device(name, value, "input", input)
+    _refuse_batches(name, value)
 
 
 def _check_weights(
@@ -280,7 +289,15 @@ def is_contiguous(tensor: Tensor) -> bool:
     return tensor.stride(0) == inner
 
 
-def check_transforms(logits: Tensor, impl: str) -> None:
+def _is_tracked_by_a_transform(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def check_transforms(impl: str, *given: Tensor | float | None) -> None:
     """Refuse the transforms that would lose the gradient: torch.func's do not see an operator's, forward mode gets zeros."""
     if impl == "reference":
         if torch.compiler.is_exporting():
@@ -288,11 +305,9 @@ def check_transforms(logits: Tensor, impl: str) -> None:
         return
     transformed = forward_ad._current_level >= 0
     if not torch.compiler.is_compiling():  # there the tracer itself names the operator that torch.func.grad cannot take
-        transformed = transformed and forward_ad.unpack_dual(logits).tangent is not None
-        inner = logits
-        while not transformed and torch._C._functorch.is_functorch_wrapped_tensor(inner):
-            transformed = torch._C._functorch.is_gradtrackingtensor(inner)
-            inner = torch._C._functorch.get_unwrapped(inner)
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        transformed = transformed and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+        transformed = transformed or any(_is_tracked_by_a_transform(tensor) for tensor in tensors)
     if transformed:
         raise RuntimeError(
             f"impl={impl!r}: expected plain autograd, got a torch.func transform (grad, jvp, ...) or forward-mode "
@@ -364,6 +379,8 @@ def check_emphasis(emphasis: Any) -> edf.EDF | Callable[[Tensor, Tensor], Tensor
     if isinstance(emphasis, edf.EDF):
         if type(emphasis) is edf.EDF:
             raise TypeError("emphasis: expected an EDF such as edf.DM(beta=8, lambd=0.5), got the base class EDF")
+        if not torch.compiler.is_compiling():
+            emphasis.check_fields()
         return emphasis
     if callable(emphasis) and not isinstance(emphasis, type):
         return emphasis

@@ -13,7 +13,8 @@ module's buffer in place, so a compiled model is not compiled again, and a captu
     DM(beta=4.0, lambd=0.5)
 
 A schedule becomes a submodule of its criterion, so that the step is in the `state_dict` of the criterion and of a model that
-holds it; `schedule.state_dict()` serves loops that save the two apart. Loading puts the criterion where it was::
+holds it; `schedule.state_dict()` serves loops that save the two apart. Loading puts a criterion and a schedule that were made
+with the same arguments where the others were; arguments are not in the state::
 
     >>> resumed = fused_dm.DMLoss("dm:beta=0,lambd=0.5")
     >>> schedule = fused_dm.schedules.Linear(resumed, steps=1000, beta=8)
@@ -165,7 +166,7 @@ class Schedule(torch.nn.Module):
     @staticmethod
     def fraction(time: float) -> float:
         """The part of the way to the next value that is gone, 0 to 1, after the part `time`, in [0, 1), of the steps to it."""
-        raise NotImplementedError
+        raise TypeError("Schedule: expected the class to define fraction(time)")
 
     def values_at(self, step: int) -> dict[str, float]:
         """The scheduled parameters after `step` steps, at least 0, by name."""

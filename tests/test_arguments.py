@@ -215,7 +215,7 @@ def test_custom_emphasis_of_the_wrong_shape():
         dm_loss(LOGITS, TARGET, lambda log_p, log_q: log_p.sum())
     with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return a tensor of shape \(4,\), got float"):
         dm_loss(LOGITS, TARGET, lambda log_p, log_q: 0.0)
-    with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return real numbers, got torch.complex64"):
+    with pytest.raises(ValueError, match=r"emphasis: expected log_weight to return a float tensor, got torch.complex64"):
         dm_loss(LOGITS, TARGET, lambda log_p, log_q: torch.complex(log_p, log_q))
 
 

@@ -4,7 +4,10 @@ import dataclasses
 import functools
 import math
 import pickle
+import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -644,9 +647,21 @@ def test_check_finds_nothing_wrong(emphasis):
     assert any("not the derivative" in note for note in report.notes) == (not derived)
 
 
+def with_loss(loss):
+    return edf.register(lambda log_p, log_q: math.log(2) + log_q, loss=loss, name="with_loss")()
+
+
+def two_bumps(log_p, log_q):
+    p = log_p.exp()
+    return torch.logaddexp(-(((p - 0.25) / 0.05) ** 2), -(((p - 0.75) / 0.05) ** 2))
+
+
 def test_check_in_words():
     words = edf.check(edf.CCE()).words
-    assert words.startswith("Hard examples count most. An example at p = 0.05 has weight 1, one at p = 0.5 (middling) 0.53")
+    assert words.startswith(
+        "Hard examples count most. An example at p = 0.05 has 95 % of the largest weight, one at p = 0.5 (middling) 50 % and "
+        "one at p = 0.95 (easy) 5 %. The weight is largest at p = 0."
+    )
     assert words.endswith("(p = 1e-9), count most; fitted ones (1 - p = 1e-9) do not count.")
     assert edf.check(edf.Exponential(beta=-3)).words.startswith("Easy examples count most.")
     assert "keep 4.6 % of the largest weight" in edf.check(DM).words
@@ -665,6 +680,63 @@ def test_check_in_words():
     assert "log w reaches 200: in fp32 it overflows" in str(edf.check(edf.Exponential(beta=200)))
 
 
+def test_check_measures_examples_by_the_largest_weight():
+    """Wherever that is: the three that are named need not be near it."""
+    w = [two_bumps(p.log(), torch.log1p(-p)).exp() for p in torch.tensor([0.05, 0.5, 0.95, 0.25], dtype=torch.float64)]
+    hard, middling, easy = (f"{100 * value / w[3]:.3g} %" for value in w[:3])
+    assert edf.check(two_bumps).words.startswith(
+        f"Examples near p = 0.25 count most. Of their weight, one at p = 0.05 (hard) has {hard}, one at p = 0.5 (middling) has "
+        f"{middling} and one at p = 0.95 (easy) has {easy}. The weight is largest at p = 0.25."
+    )
+    pole = edf.check(edf.Beta(alpha=0.5, eta=2)).words
+    assert pole.startswith("Examples near p = 0 count most.")
+    assert "(p = 1e-9), count most" in pole
+
+
+@pytest.mark.parametrize("emphasis", [*CATALOGUE, *COMPOSITIONS, ridge(beta=4), cube(), unfused(), Own()], ids=str)
+def test_check_has_no_note_without_a_reason(emphasis):
+    """About digits, other examples or a small weight."""
+    notes = edf.check(emphasis).notes
+    assert not [note for note in notes if "digits" in note or "second call" in note or "computed with" in note]
+    assert not [note for note in notes if "1e-8" in note]
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "note"),
+    [
+        (lambda p, q: torch.log(2 * (1 - p.exp())), r"in fp32, .* log w has lost its digits at p = 1, 1 - p = .*log_q is log"),
+        (lambda p, q: torch.randn_like(p), "a second call gave the same p other weights"),
+        (lambda p, q: p - p[-10:].mean(), "the weight of an example depends on which others it is computed with"),
+        (lambda p, q: torch.log_softmax(q, 0), "the weight of an example depends on which others it is computed with"),
+        (lambda p, q: -20 - (p.exp() - 0.5) ** 2, r'the largest weight is 2.1e-09: under "sum_weight" the 1e-8 that is added'),
+        (edf.Beta.from_mode(0.3, 60), r"the largest weight is 4.1e-16"),
+        (
+            edf.register(lambda p, q: q, loss=lambda p, q: torch.where(p < -25, p, -p), name="turns")(),
+            "f rises with p at p = 1.8e-35",
+        ),
+        (edf.register(lambda p, q: q, loss=lambda p, q: p, name="climbs")(), "f rises with p at p = 1.8e-35"),
+    ],
+    ids=["cancels", "random", "mean", "softmax", "small", "narrow", "turns", "climbs"],
+)
+def test_check_notes(emphasis, note):
+    assert re.search(note, "\n".join(edf.check(emphasis).notes))
+
+
+def test_check_calls_a_constant_finite():
+    (note,) = edf.check(lambda log_p, log_q: 0 * log_p + 1000).notes
+    assert note == "log w reaches 1e+03: in fp32 it overflows, unless what divides it is as large."
+
+
+def test_functions_of_rows_alone():
+    """A loss gives them (N,), and so do `check` and `plot`."""
+
+    def one_dimensional(log_p, log_q):
+        (rows,) = log_p.shape
+        return log_q.new_ones(rows) * log_q
+
+    assert edf.check(one_dimensional).words.startswith("Hard examples count most.")
+
+
 @pytest.mark.parametrize(
     ("emphasis", "error", "message"),
     [
@@ -674,11 +746,29 @@ def test_check_in_words():
         (lambda p, q: 1.0, ValueError, r"expected log_weight to return a float tensor of shape \(83,\), got 1.0"),
         (lambda p, q: p.sum(), ValueError, r"expected log_weight to return a float tensor of shape \(83,\), got torch.float64"),
         (lambda p, q: p > q, ValueError, r"expected log_weight to return a float tensor .* got torch.bool"),
+        (with_loss(lambda p, q: p * math.nan), ValueError, r"expected f to be a number, got nan at p = 0"),
+        (with_loss(lambda p, q: -p.exp() * p), ValueError, r"got nan at p = 0 .* is it 0 times an infinite log"),
+        (with_loss(lambda p, q: (-p)[:3]), ValueError, r"expected loss to return a float tensor of shape \(83,\), got"),
+        (with_loss(lambda p, q: 0.0), ValueError, r"expected loss to return a float tensor of shape \(83,\), got 0.0"),
         (3, TypeError, r"check: expected an EDF or a function log_weight\(log_p, log_q\), got 3"),
         (edf.CCE, TypeError, r"check: expected an EDF or a function log_weight\(log_p, log_q\), got <class"),
         (edf.EDF(), TypeError, r"check: expected an EDF or a function"),
     ],
-    ids=["weight", "loss", "nan", "number", "shape", "dtype", "type", "class", "base"],
+    ids=[
+        "weight",
+        "loss",
+        "nan",
+        "number",
+        "shape",
+        "dtype",
+        "f nan",
+        "f nan at 0",
+        "f's shape",
+        "f a number",
+        "type",
+        "class",
+        "base",
+    ],
 )
 def test_check_finds(emphasis, error, message):
     with pytest.raises(error, match=message):
@@ -732,3 +822,110 @@ def test_a_weight_that_is_nowhere_smooth_is_measured():
     smooth = measure(lambda log_p, log_q: 5 * (log_p + log_q).exp())
     # The weight's own error: that of its logarithm, up to 5 / 4, by two roundings and an exponential.
     assert abs(math.expm1(rough.log_integral - smooth.log_integral)) < 8 * torch.finfo(torch.float32).eps
+
+
+# ---- Numbers, subclasses, pictures
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert edf.DM(np.float32(8), np.int64(1)) == edf.DM(beta=8, lambd=1) == edf.DM(np.float64(8), Fraction(1))
+    assert edf.DM.from_mode(np.float32(0.5), np.int64(50)).mode == pytest.approx(0.5)
+    for wrong in (np.bool_(True), np.float32("nan"), 10**400, "8", None, 1j):
+        with pytest.raises(ValueError, match="DM: expected beta to be a finite number"):
+            edf.DM(beta=wrong, lambd=0)
+
+
+class Undeclared(edf.EDF):
+    """Equal to any other of its class, as it has no fields."""
+
+    def __init__(self, power):
+        object.__setattr__(self, "power", power)
+
+    def log_weight(self, log_p, log_q):
+        return self.power * log_p
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda emphasis: emphasis.integral,
+        lambda emphasis: emphasis.mode,
+        edf.check,
+        lambda emphasis: dm_loss(torch.zeros(2, 3), torch.tensor([0, 1]), emphasis),
+        DMLoss,
+    ],
+    ids=["integral", "mode", "check", "dm_loss", "DMLoss"],
+)
+def test_a_subclass_whose_attributes_are_no_fields(use):
+    with pytest.raises(TypeError, match=r"Undeclared: expected a class decorated by .*\['power'\] that are no fields"):
+        use(Undeclared(2))
+    decorated = dataclasses.make_dataclass("Declared", [("power", float)], bases=(Undeclared,), frozen=True)
+    assert decorated(1.0).integral == pytest.approx(0.5)
+    assert decorated(9.0).integral == pytest.approx(0.1)
+
+
+def test_the_interval_from_0_begins_with_0():
+    emphasis = edf.Uniform().truncate(0, 0.5)
+    assert emphasis.weight(torch.tensor([0.0, 0.25, 0.5, 0.75])).tolist() == [1, 1, 1, 0]
+    logits, target = torch.tensor([[-torch.inf, 0.0], [0.0, 0.0], [5.0, 0.0]]), torch.zeros(3, dtype=torch.int64)
+    for impl in IMPLEMENTATIONS:
+        output, _ = run(impl, logits, target, emphasis, reduction="sum")
+        assert output.example_weight.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda log_p, log_q: 0.0, r"expected log_weight to return a tensor of shape \(4,\), got float"),
+        (lambda log_p, log_q: log_p.sum(), r"expected log_weight to return a tensor of shape \(4,\), got \(\)"),
+        (lambda log_p, log_q: log_p < -1, r"expected log_weight to return a float tensor, got torch.bool"),
+        (lambda log_p, log_q: log_p.long(), r"expected log_weight to return a float tensor, got torch.int64"),
+        (lambda log_p, log_q: log_p * 1j, r"expected log_weight to return a float tensor, got torch.complex64"),
+    ],
+    ids=["number", "shape", "bool", "int", "complex"],
+)
+def test_what_a_function_may_not_return(impl, function, message):
+    logits, target = make(4, 5)
+    for emphasis in (function, function_as_subclass(function)):
+        with pytest.raises(ValueError, match=message):
+            run(impl, logits, target, emphasis)
+
+
+def function_as_subclass(function):
+    return type("OfFunction", (edf.EDF,), {"log_weight": lambda self, log_p, log_q: function(log_p, log_q)})()
+
+
+def test_plot_draws_what_one_has_designed(tmp_path):
+    pytest.importorskip("matplotlib")
+    table = torch.linspace(0, 1, 11)
+    figure = edf.plot(
+        "gce:q=0.7",
+        DM,
+        unfused(),
+        two_bumps,
+        lambda log_p, log_q: table[(10 * log_p.exp()).long()].log(),
+        path=tmp_path / "a.svg",
+    )
+    assert (tmp_path / "a.svg").stat().st_size > 1000
+    names = [text.get_text().replace("\n", "") for axes in figure.axes for text in axes.texts]
+    for name in ("gce:q=0.7", str(DM), str(unfused()), "two_bumps", "<lambda>"):
+        assert name in names
+    curve = figure.axes[0].get_lines()[6]
+    assert max(curve.get_ydata()) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: edf.plot(), ValueError, "plot: expected one EDF at least"),
+        (lambda: edf.plot("ccee"), ValueError, "unknown EDF 'ccee'; did you mean 'cce'"),
+        (lambda: edf.plot(3), TypeError, r"plot: expected EDFs, their names or functions log_weight\(log_p, log_q\), got 3"),
+        (lambda: edf.plot(edf.CCE), TypeError, "plot: expected EDFs, their names or functions"),
+        (lambda: edf.plot(edf.EDF()), TypeError, "plot: expected EDFs, their names or functions"),
+        (lambda: edf.parse(3), TypeError, "parse: expected text such as 'dm:beta=8,lambd=0.5', got 3"),
+    ],
+)
+def test_what_cannot_be_drawn_or_read(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -31,6 +31,7 @@ from ._designed import Beta as Beta
 from ._designed import Exponential as Exponential
 from ._designed import Normal as Normal
 from ._designed import Uniform as Uniform
+from ._draw import plot as plot
 from ._forms import FAMILIES as FAMILIES
 from ._forms import Family as Family
 from ._losses import AEL as AEL

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._density import EDF
+from ._draw import of_rows
 from ._measure import Measures, exp, measure
 
 # Margins from p = 1e-35 to 1 - 1e-35, densest in the middle; and the ends, p = 0 and p = 1.
@@ -19,6 +20,10 @@ _UNITS = 64
 _HARD, _MIDDLING, _EASY = 0.05, 0.5, 0.95
 # The margin at which p, or 1 - p, is 1e-9, and the log of a share of the largest weight that is called none.
 _FAR, _LEAST = 9 * math.log(10), -5 * math.log(10)
+# The log of a largest weight beside which the 1e-8 that is added to the sum of weights is more than a thousandth.
+_SMALL = math.log(1e-5)
+# A weight of less than this share of the largest is not looked at for its digits.
+_UNSEEN = -40.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +57,11 @@ class Report:
 def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     """Check an EDF and say in words what it does to easy, middling and hard examples.
 
-    Looked at from p = 1e-35 to 1 - 1e-35, and at p = 0 and 1: that log w is a tensor of the right shape and never nan (a
-    negative weight has no logarithm), that it is finite at the ends, that f, if there is one, falls with p and has the slope
-    that the weight says, and, where the kernels can run (on a GPU, or in Triton's interpreter under TRITON_INTERPRET=1), that
-    the Triton form gives the same weights and values.
+    Looked at from p = 1e-35 to 1 - 1e-35, and at p = 0 and 1: that log w and f, if there is one, are tensors of the right
+    shape and never nan (a negative weight has no logarithm), whether w is finite at the ends, large beside the 1e-8 that is
+    added to the sum of weights, the same in fp32 as in fp64, and that of its own p alone, whether f falls with p and has the
+    slope that the weight says, and, where the kernels can run (on a GPU, or in Triton's interpreter under
+    TRITON_INTERPRET=1), that the Triton form gives the same weights and values.
 
     Args:
         emphasis: an EDF, or a function log_weight(log_p, log_q).
@@ -65,7 +71,8 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
 
     Raises:
         TypeError: not an EDF or a function.
-        ValueError: a shape or dtype is wrong, a weight is nan, the function changes its arguments, or the two forms disagree.
+        ValueError: a shape or dtype is wrong, a weight or an f is nan, the function changes its arguments, or the two forms
+            disagree.
 
     Example:
         >>> from fused_dm import edf
@@ -75,13 +82,16 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     neither = not callable(emphasis) and (not isinstance(emphasis, EDF) or type(emphasis) is EDF)
     if neither or isinstance(emphasis, type):
         raise TypeError(f"check: expected an EDF or a function log_weight(log_p, log_q), got {emphasis!r}")
+    if isinstance(emphasis, EDF):
+        emphasis.check_fields()
     name = str(emphasis) if isinstance(emphasis, EDF) else getattr(emphasis, "__name__", repr(emphasis))
-    log_weight = emphasis.log_weight if isinstance(emphasis, EDF) else emphasis
+    log_weight = emphasis.log_weight if isinstance(emphasis, EDF) else of_rows(emphasis)
     margin = torch.tensor(sorted(set(_MARGINS)), dtype=torch.float64, device="cpu")
     log_p, log_q = _logs(margin)
-    log_w = _weights(name, log_weight, log_p, log_q)
-    _weights(name, log_weight, log_p.float(), log_q.float())
-    notes = _ends(log_w) + _slope(emphasis, margin)
+    log_w = _weights(name, emphasis.log_weight if isinstance(emphasis, EDF) else emphasis, log_p, log_q)
+    measures = measure(log_weight)
+    notes = _ends(log_w) + _beside_the_floor(measures) + _in_fp32(name, log_weight, log_p, log_q, log_w)
+    notes += _of_its_own_p(log_weight, log_p, log_q, log_w) + _slope(name, emphasis, margin)
     compared, difference = False, None
     if isinstance(emphasis, EDF) and emphasis.fused:
         device = _device()
@@ -91,7 +101,7 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
             compared, difference = True, _compare(name, emphasis, margin, log_w, device)
     elif isinstance(emphasis, EDF):
         notes += ("it has no kernel of its own: it runs on the margins, at a cost of order N.",)
-    return Report(name, compared, difference, notes, _words(measure(log_weight), log_weight))
+    return Report(name, compared, difference, notes, _words(measures, log_weight))
 
 
 def _logs(margin: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,33 +117,100 @@ def _weights(name: str, log_weight: Callable[[Tensor, Tensor], Tensor], log_p: T
     log_w = log_weight(*given)
     if not (torch.equal(given[0], log_p) and torch.equal(given[1], log_q)):
         raise ValueError(f"{name}: expected log_weight to leave log_p and log_q as they are; it changes them in place")
-    if not isinstance(log_w, Tensor) or log_w.shape != log_p.shape or not log_w.dtype.is_floating_point:
-        got = f"{log_w.dtype} {tuple(log_w.shape)}" if isinstance(log_w, Tensor) else repr(log_w)
-        raise ValueError(f"{name}: expected log_weight to return a float tensor of shape {tuple(log_p.shape)}, got {got}")
-    if log_w.isnan().any():
-        at = int(log_w.isnan().nonzero()[0])
+    return _numbers(name, "log_weight", "log w", log_w, log_p, log_q, "is the weight negative there, or an infinity times 0?")
+
+
+def _numbers(name: str, function: str, what: str, got: object, log_p: Tensor, log_q: Tensor, hint: str) -> Tensor:
+    """What a function of the user's returned, if it is a float tensor of the right shape without nan."""
+    if not isinstance(got, Tensor) or got.shape != log_p.shape or not got.dtype.is_floating_point:
+        shown = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+        raise ValueError(f"{name}: expected {function} to return a float tensor of shape {tuple(log_p.shape)}, got {shown}")
+    if got.isnan().any():
+        at = int(got.isnan().nonzero()[0])
         raise ValueError(
-            f"{name}: expected log w to be a number, got nan at p = {log_p[at].exp().item():.3g} (log p = "
-            f"{log_p[at].item():.3g}, log q = {log_q[at].item():.3g}); is the weight negative there, or an infinity times 0?"
+            f"{name}: expected {what} to be a number, got nan at p = {log_p[at].exp().item():.3g} (log p = "
+            f"{log_p[at].item():.3g}, log q = {log_q[at].item():.3g}); {hint}"
         )
-    return log_w.double()
+    return got.double()
 
 
 def _ends(log_w: Tensor) -> tuple[str, ...]:
     notes: tuple[str, ...] = ()
-    for end, at in (("0", 0), ("1", -1)):
-        if log_w[at] > 709:
-            notes += (f"w is infinite at p = {end}: such an example outweighs the rest of its batch.",)
     inner = log_w[1:-1].max().item()
+    for end, at in (("0", 0), ("1", -1)):
+        if log_w[at] > max(709, inner + 88):
+            notes += (f"w is infinite at p = {end}: such an example outweighs the rest of its batch.",)
     if inner > 88:
         notes += (f"log w reaches {inner:.3g}: in fp32 it overflows, unless what divides it is as large.",)
     return notes
 
 
-def _slope(emphasis: object, margin: Tensor) -> tuple[str, ...]:
-    """Whether f has the slope that the weight says: w = 2 p q |df/dp| = 2 |df/dmargin|."""
+def _beside_the_floor(measures: Measures) -> tuple[str, ...]:
+    if not -math.inf < measures.log_peak < _SMALL:
+        return ()
+    return (
+        f'the largest weight is {exp(measures.log_peak):.2g}: under "sum_weight" the 1e-8 that is added to the sum of weights '
+        "makes gradients smaller; multiply the weight by a number, or add one to log w.",
+    )
+
+
+def _in_fp32(
+    name: str, log_weight: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor, log_w: Tensor
+) -> tuple[str, ...]:
+    """Whether log w has digits in fp32: as many as the roundings of log p and log q leave it."""
+    got = _weights(name, log_weight, log_p.float(), log_q.float())
+    eps = torch.finfo(torch.float32).eps
+    moved = [
+        (_finite(log_weight(log_p * (1 + sign * 4 * eps), log_q * (1 + other * 4 * eps)).double()) - _finite(log_w)).abs()
+        for sign, other in ((1, 0), (-1, 0), (0, 1), (0, -1))
+    ]
+    allowed = _UNITS * eps * (1 + log_w.abs()) + _UNITS * torch.stack(moved).amax(0)
+    seen = (log_p > -1e30) & (log_q > -1e30) & (log_w > log_w[1:-1].max() + _UNSEEN)
+    wrong = seen & ~((_finite(got) - _finite(log_w)).abs() <= allowed) & (got != log_w)
+    if not wrong.any():
+        return ()
+    at = int(wrong.nonzero()[0])
+    return (
+        f"in fp32, in which logits of up to 32 bits are computed, log w has lost its digits at p = "
+        f"{log_p[at].exp().item():.2g}, 1 - p = {log_q[at].exp().item():.2g}: {got[at].item():.6g}, and {log_w[at].item():.6g} "
+        "in fp64. log_q is log(1 - p) with all digits; the log of 1 - exp(log_p) is not.",
+    )
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.clamp(-1e30, 1e30)
+
+
+def _of_its_own_p(
+    log_weight: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor, log_w: Tensor
+) -> tuple[str, ...]:
+    """Whether the weight of an example is the same again, and beside other examples."""
+
+    def differs(got: Tensor, exact: Tensor) -> bool:
+        # Vectorised code may round the last numbers of a batch otherwise.
+        return bool((_apart(got.double(), exact) > 1e-9).any())
+
+    if differs(log_weight(log_p, log_q), log_w):
+        return ("a second call gave the same p other weights.",)
+    if differs(log_weight(log_p[20:60], log_q[20:60]), log_w[20:60]):
+        return (
+            "the weight of an example depends on which others it is computed with: those of its batch, or of a part of it.",
+        )
+    return ()
+
+
+def _slope(name: str, emphasis: object, margin: Tensor) -> tuple[str, ...]:
+    """Whether f falls with p, and has the slope that the weight says: w = 2 p q |df/dp| = 2 |df/dmargin|."""
     if not isinstance(emphasis, EDF) or not emphasis.has_loss:
         return ()
+    logs = F.logsigmoid(margin), F.logsigmoid(-margin)
+    f = _numbers(name, "loss", "f", emphasis.loss(*logs), *logs, "is it 0 times an infinite log?")
+    inner = f[1:-1]
+    rises = inner.diff() > 1e-9 * (1 + inner[:-1].abs())
+    notes: tuple[str, ...] = ()
+    if rises.any():
+        at = int(rises.nonzero()[0]) + 1
+        notes = (f"f rises with p at p = {torch.sigmoid(margin[at]).item():.3g}, where a loss would fall.",)
     # Where f has digits left, and off the round p at which an f in pieces has its corners.
     margin = (margin[margin.abs() < 20] + 0.0137).requires_grad_()
     log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
@@ -141,8 +218,11 @@ def _slope(emphasis: object, margin: Tensor) -> tuple[str, ...]:
         (slope,) = torch.autograd.grad(emphasis.loss(log_p, log_q).sum(), margin)
     weight = torch.exp(emphasis.log_weight(log_p, log_q)).detach()
     if ((2 * slope.abs() - weight).abs() <= 1e-6 * weight + 1e-12).all() and (slope <= 0).all():
-        return ()
-    return ("the gradient is not the derivative of the reported f: right only if f holds a factor constant by definition.",)
+        return notes
+    return (
+        *notes,
+        "the gradient is not the derivative of the reported f: right only if f holds a factor constant by definition.",
+    )
 
 
 def _device() -> str | None:
@@ -212,30 +292,43 @@ def _agree(name: str, what: str, wrong: Tensor, margin: Tensor, got: Tensor, exa
 
 
 def _words(measures: Measures, log_weight: Callable[[Tensor, Tensor], Tensor]) -> str:
-    p = torch.tensor([_HARD, _MIDDLING, _EASY], dtype=torch.float64, device="cpu")
-    logs = [value.item() for value in log_weight(p.log(), torch.log1p(-p))]
-    kinds = ["hard", "middling", "easy"]
-    at = max(range(3), key=lambda i: logs[i])
     if measures.log_peak == -math.inf:
         return "No example counts."
-    nowhere = logs[at] == -math.inf
-    shares = [0.0 if nowhere else exp(value - logs[at]) for value in logs]
-    others = [i for i in range(3) if i != at]
     if measures.log_peak - measures.log_trough < 0.05:
         return "Hard, middling and easy examples count alike."
-    if nowhere:
+    p = torch.tensor([_HARD, _MIDDLING, _EASY], dtype=torch.float64, device="cpu")
+    kinds = ["hard", "middling", "easy"]
+    logs = [value.item() for value in log_weight(p.log(), torch.log1p(-p))]
+    # The largest weight from p = 1e-9 to 1 - 1e-9, as there may be none that is largest.
+    mode = min(max(measures.mode, 1e-9), 1 - 1e-9)
+    margin = torch.linspace(-_FAR, _FAR, 2001, dtype=torch.float64, device="cpu")
+    margin = torch.cat([margin, torch.tensor([math.log(mode) - math.log1p(-mode)], dtype=torch.float64, device="cpu")])
+    top = max(log_weight(*_logs(margin)).max().item(), *logs)
+    shares = [0.0 if value == -math.inf else exp(value - top) for value in logs]
+    at = max(range(3), key=lambda i: logs[i])
+    others = [i for i in range(3) if i != at]
+    if max(shares) == 0.0:
         text = "Examples at " + " and at ".join(f"p = {value:g} ({kind})" for value, kind in zip(p, kinds, strict=True))
         text += " do not count, others do. "
     elif min(shares) > 0.95:
         text = "Hard, middling and easy examples count about alike. "
+    elif shares[at] > 0.5:
+        text = f"{kinds[at].capitalize()} examples count most. An example at p = {p[at]:g} has {_percent(shares[at])} of the "
+        text += "largest weight, " + " and ".join(f"one at p = {p[i]:g} ({kinds[i]}) {_percent(shares[i])}" for i in others)
+        text += ". "
     else:
-        text = f"{kinds[at].capitalize()} examples count most. An example at p = {p[at]:g} has weight 1, "
-        text += " and ".join(f"one at p = {p[i]:g} ({kinds[i]}) {shares[i]:.2g}" for i in others) + ". "
+        near = measures.mode if measures.mode == mode else round(mode)
+        listed = [f"one at p = {p[i]:g} ({kinds[i]}) has {_percent(shares[i])}" for i in range(3)]
+        text = f"Examples near p = {near:.3g} count most. Of their weight, {listed[0]}, {listed[1]} and {listed[2]}. "
     text += f"The weight is largest at p = {measures.mode:.3g}. "
     ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64, device="cpu")
-    zero, one = (value.item() - measures.log_peak for value in log_weight(*_logs(ends)))
+    zero, one = (value.item() - top for value in log_weight(*_logs(ends)))
     text += f"Hopeless examples, which wrong labels are (p = 1e-9), {_end(zero)}; fitted ones (1 - p = 1e-9) {_end(one)}."
     return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _end(log_share: float) -> str:

@@ -8,6 +8,7 @@ where they are determined by a name: EDFs of one structure differ in their numbe
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar, Union
 
@@ -28,17 +29,33 @@ def text_of(value: float) -> str:
     return repr(value).removesuffix(".0")
 
 
+def finite(value: Any) -> float:
+    """A real number, numpy's among them, as a float; nan where it is none or not finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
 def number(owner: object, name: str, value: Any) -> float:
     """`value` as a finite float, or a ValueError that names the class and the parameter."""
-    largest = torch.finfo(torch.float64).max
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -largest <= value <= largest:
+    found = finite(value)
+    if math.isnan(found):
         raise ValueError(f"{type(owner).__name__}: expected {name} to be a finite number, got {value!r}")
-    return float(value)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _measures(emphasis: "EDF") -> Measures:
+def _of_equal_ones(emphasis: "EDF") -> Measures:
     return measure(emphasis.log_weight, emphasis._jumps())
+
+
+def _measures(emphasis: "EDF") -> Measures:
+    emphasis.check_fields()
+    return _of_equal_ones(emphasis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +74,13 @@ class EDF:
     constant outside of the interval; products and floors have no f and report -w log p.
 
     A subclass of your own overrides `log_weight`, and `loss` if it has a closed form f. It is then computed by those methods,
-    whatever it inherits from; `fused_dm.edf.register` gives a function a fused form.
+    whatever it inherits from. What it has in attributes are the fields of a frozen dataclass, as two EDFs are equal where those
+    are. `fused_dm.edf.register` makes a class of a function, with a fused form if it is given one.
 
     Attributes:
         family: name of the mathematics.
         in_kernels: whether the kernels have the family.
-        params: its parameters, in order: numbers that fp32 can hold.
+        params: its parameters, in order: numbers that fp32 can hold, but for the factor of a multiple and the floor.
         structure: name of the mathematics in torch: EDFs of one structure differ in `params` alone. None for a subclass that
             overrides it.
         has_loss: whether the weight belongs to a loss with a closed form f(p).
@@ -104,6 +122,16 @@ class EDF:
                     f"{type(self).__name__}: expected {field.name} to be a number that fp32 can hold, got {value!r}"
                 )
             object.__setattr__(self, field.name, value)
+
+    def check_fields(self) -> None:
+        """Refuse a subclass with attributes that decide nothing about whether two of its EDFs are equal: a TypeError."""
+        if "__dataclass_fields__" in type(self).__dict__:
+            return
+        if unknown := set(vars(self)) - {field.name for field in dataclasses.fields(self)}:
+            raise TypeError(
+                f"{type(self).__name__}: expected a class decorated by @dataclasses.dataclass(frozen=True), whose fields say "
+                f"what its weight depends on, got one with the attributes {sorted(unknown)} that are no fields"
+            )
 
     def __str__(self) -> str:
         fields = ",".join(f"{field.name}={text_of(getattr(self, field.name))}" for field in dataclasses.fields(self))
@@ -207,7 +235,7 @@ class EDF:
         return exp(measures.log_peak - measures.log_trough)
 
     def truncate(self, low: float, high: float = 1.0) -> "Truncated":
-        """This EDF where low < p <= high, and 0 elsewhere."""
+        """This EDF where low < p <= high, and 0 elsewhere; from p = 0 on where `low` is 0."""
         return Truncated(self, low, high)
 
     def floor(self, least: float) -> "Floored":
@@ -418,7 +446,8 @@ class Product(Composition):
 class Scaled(Composition):
     """w(p) = factor times the part's w(p), and f(p) likewise. Written `factor * a`.
 
-    On its own it matters under the reductions that do not divide by the sum of weights; in a sum, under all.
+    On its own it matters under the reductions that do not divide by the sum of weights, and where that is near the 1e-8 which
+    is added to it; in a sum, under all.
 
     Args:
         factor: above 0.
@@ -468,6 +497,8 @@ class Scaled(Composition):
 class Truncated(Composition):
     """The part's w(p) where low < p <= high, and 0 elsewhere; f is held constant there. Written `a.truncate(low, high)`.
 
+    With a `low` of 0 the interval begins with p = 0.
+
     Args:
         part: an EDF.
         low: at least 0.
@@ -508,7 +539,8 @@ class Truncated(Composition):
         return (self.low, self.high, *super()._jumps())
 
     def weight(self, p: Tensor) -> Tensor:
-        return torch.where((p > self.low) & (p <= self.high), self.part.weight(p), torch.zeros_like(p))
+        above = (p >= 0) if self.low == 0 else (p > self.low)
+        return torch.where(above & (p <= self.high), self.part.weight(p), torch.zeros_like(p))
 
     def _log_weight(self, log_p: Tensor, log_q: Tensor, *params: Any) -> Tensor:
         low, high, *rest = params

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._density import EDF, LARGEST
+from ._density import EDF, LARGEST, finite
 
 
 def require(owner: object, condition: bool, name: str, wanted: str) -> None:
@@ -18,9 +18,10 @@ def require(owner: object, condition: bool, name: str, wanted: str) -> None:
 
 def _argument(owner: str, name: str, value: Any, low: float, high: float, wanted: str) -> float:
     """An argument of an alternative constructor, a finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= min(high, LARGEST):
+    found = finite(value)
+    if not low <= found <= min(high, LARGEST):
         raise ValueError(f"{owner}: expected {wanted}, got {name}={value!r}")
-    return float(value)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Normal(EDF):
         beta: any finite number; the larger, the narrower. Negative, it is a well.
 
     Raises:
-        ValueError: a parameter is not a finite number.
+        ValueError: a parameter is not a finite number, or log w leaves the range of fp32.
 
     Reference: arXiv 1905.11233 (its normal distribution).
     """
@@ -132,6 +133,11 @@ class Normal(EDF):
     psi: float
     beta: float
     family: ClassVar[str] = "normal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        largest = abs(self.beta) * (1 + 2 * abs(self.psi))
+        require(self, largest <= LARGEST, "beta", "beta (1 + 2 psi) to be a number that fp32 can hold")
 
     @classmethod
     def from_mode(cls, mode: float, ratio: float) -> "Normal":

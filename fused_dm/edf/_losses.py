@@ -16,6 +16,10 @@ from ._forms import TAYLOR_TERMS
 
 # Of what is divided by: fp32 has no digits below.
 TINY = torch.finfo(torch.float32).tiny
+# Of powers, whose products with the smallest logarithms are in the range of fp32.
+LEAST_POWER = 1e-20
+# exp of it is in the range of fp32, with room for what it is multiplied by.
+LARGEST_LOG = 80.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ class GCE(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 0 < self.q <= 1, "q", "0 < q <= 1")
-        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
+        require(self, self.q >= LEAST_POWER, "q", f"q to be at least {LEAST_POWER}, as f has no digits in fp32 below")
 
     def _known_mode(self) -> float | None:
         return self.q / (1 + self.q)
@@ -143,7 +147,7 @@ class TruncatedGCE(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 0 < self.q <= 1, "q", "0 < q <= 1")
-        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
+        require(self, self.q >= LEAST_POWER, "q", f"q to be at least {LEAST_POWER}, as f has no digits in fp32 below")
         require(self, 0 < self.k < 1, "k", "0 < k < 1")
         require(self, self.k >= TINY, "k", "k to be a normal number of fp32")
 
@@ -310,7 +314,7 @@ class AUL(EDF):
 
     Args:
         a: at least 1.
-        q: above 0.
+        q: above 0; a^q is at most exp(80).
 
     Raises:
         ValueError: a parameter is out of its range.
@@ -326,7 +330,8 @@ class AUL(EDF):
         super().__post_init__()
         require(self, self.a >= 1, "a", "a >= 1")
         require(self, self.q > 0, "q", "q > 0")
-        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
+        require(self, self.q * math.log(self.a) <= LARGEST_LOG, "q", "a^q to be at most exp(80), for the range of fp32")
+        require(self, self.q >= LEAST_POWER, "q", f"q to be at least {LEAST_POWER}, as f has no digits in fp32 below")
 
     def weight(self, p: Tensor) -> Tensor:
         # At p = 1 with a = 1 and q < 1, 0 times an infinity that is the weaker.
@@ -341,7 +346,7 @@ class AGCE(EDF):
 
     Args:
         a: at least 0.
-        q: above 0.
+        q: above 0; (a + 1)^q is at most exp(80).
 
     Raises:
         ValueError: a parameter is out of its range.
@@ -358,7 +363,8 @@ class AGCE(EDF):
         require(self, self.a >= 0, "a", "a >= 0")
         require(self, not 0 < self.a < TINY, "a", "a to be 0 or a normal number of fp32")
         require(self, self.q > 0, "q", "q > 0")
-        require(self, self.q >= TINY, "q", "q to be a normal number of fp32")
+        require(self, self.q * math.log1p(self.a) <= LARGEST_LOG, "q", "(a + 1)^q to be at most exp(80), for the range of fp32")
+        require(self, self.q >= LEAST_POWER, "q", f"q to be at least {LEAST_POWER}, as f has no digits in fp32 below")
 
     def weight(self, p: Tensor) -> Tensor:
         return 2 * (1 - p) * torch.where(p == 0, torch.zeros_like(p), p * (self.a + p) ** (self.q - 1))
@@ -419,7 +425,7 @@ class JS(EDF):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 0 < self.pi < 1, "pi", "0 < pi < 1")
-        require(self, self.pi >= TINY, "pi", "pi to be a normal number of fp32")
+        require(self, self.pi >= LEAST_POWER, "pi", f"pi to be at least {LEAST_POWER}, as f has no digits in fp32 below")
 
     def weight(self, p: Tensor) -> Tensor:
         # p log(1 + pi / ((1 - pi) p)), 0 at p = 0.

@@ -37,8 +37,9 @@ def known_names() -> list[str]:
 def parse(text: str) -> EDF:
     """The EDF that `text` names, the inverse of `str(edf)`: "name" or "name:parameter=number,parameter=number".
 
-    Compositions are written as in Python: "0.5*cce+2*mae", "dm:beta=8,lambd=0.5*cce" (a product). "(cce+mae)[0.2,0.9]" is
-    truncated to 0.2 < p <= 0.9, and "max(mae,0.1)" has a floor. Spaces do not matter, nor does the case of names.
+    Compositions are written as `str` writes them, a number before what it multiplies: "0.5*cce+2*mae",
+    "dm:beta=8,lambd=0.5*cce" (a product). "(cce+mae)[0.2,0.9]" is truncated to 0.2 < p <= 0.9, and "max(mae,0.1)" has a floor.
+    Spaces do not matter, nor does the case of names.
 
     Args:
         text: for example "cce", "dm:beta=8,lambd=0.5" or "0.1*cce+4*mae".
@@ -47,8 +48,11 @@ def parse(text: str) -> EDF:
         The frozen EDF.
 
     Raises:
+        TypeError: `text` is no str.
         ValueError: the name, a parameter or a number is not known; the message names what was expected.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"parse: expected text such as 'dm:beta=8,lambd=0.5', got {text!r}")
     emphasis, at = _sum(text, 0)
     if at < len(text):
         raise ValueError(f"EDF {text!r}: expected the end or one of + * [ at position {at}, got {text[at:]!r}")
