@@ -360,8 +360,9 @@ def dm_loss(
             may cancel, though); under the others the gradient overflows where log (c w / D) is above 88 (for fp64 logits,
             where that or log (c w) is above 709). The value overflows where c f(p), before it is divided, does. CCE, MAE and
             GCE are the published losses under "mean".
-        normalizer: D for `reduction="sum"`: a number above 0 or a 0-d tensor. For gradient accumulation and data parallel
-            training. On a GPU a known D lets one kernel do everything, so divide here rather than afterwards.
+        normalizer: D for `reduction="sum"`: a number above 0 or a 0-d tensor, which may be 0 where every row is ignored. For
+            gradient accumulation and data parallel training. On a GPU a known D lets one kernel do everything, so divide here
+            rather than afterwards.
         eps: added to 2 q, at least 0. None means 0 for an EDF with a closed form and 1e-6, the original layer's value, for
             the others. With 0 a fitted row keeps a gradient of norm w(1) / D.
         softcap: c in c tanh(z / c), by which the logits are replaced; a number above 0 or a 0-d tensor. None for none.
@@ -381,8 +382,9 @@ def dm_loss(
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits), 0-d or shaped like `target` for "none"; or DMOutput. With every row ignored
-        the value and the gradient are 0. A row with nan or +inf among its logits has the value nan; one with its label at -inf
-        has inf, unless f is finite there or w is 0, that is, below 2^-1022.
+        the value and the gradient are 0. A row with nan or +inf among its logits, or with -inf alone, has a value and a
+        gradient of nan; one with its label at -inf has the value inf, unless f is finite there or w is 0, that is, below
+        2^-1022.
 
     Raises:
         TypeError: an argument of the wrong type or dtype, probability targets among them.

@@ -43,6 +43,8 @@ def plot(
         raise _fail(error) from None
     from . import _plot
 
+    if output.is_dir():
+        raise _fail(f"cannot write {output}: it is a folder")
     try:
         # What a picture without a suffix is, and is called.
         output = output if output.suffix else output.with_suffix(".png")

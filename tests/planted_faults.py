@@ -412,6 +412,15 @@ TESTS = [
 ]
 # Where to look first, by the beginning of a fault's name: it saves time and nothing else.
 FIRST = {
+    "CPU: rows": ["test_loss"],
+    "CPU: the value": ["test_edges"],
+    "CPU: a nan": ["test_edges"],
+    "a nan": ["test_edges"],
+    "margin: a nan": ["test_edges"],
+    "the value": ["test_edges"],
+    "check": ["test_edf"],
+    "EDF: an interval": ["test_edf"],
+    "EDF: attributes": ["test_edf"],
     "in place: several": ["test_transforms"],
     "in place": ["test_inplace", "test_operators"],
     "plans: a family": ["test_edf"],

@@ -61,6 +61,7 @@ def test_a_picture_without_a_suffix_is_a_png_and_called_so(tmp_path):
     ("arguments", "message"),
     [
         (["cce", "-o", ""], "error: cannot write .: "),
+        (["cce", "-o", ".."], "error: cannot write ..: it is a folder"),
         (["dn:beta=8,lambd=0.5"], "error: unknown EDF 'dn'; did you mean 'dm'? Known: dm, "),
         (["cce", "gce:q=7"], "error: GCE: expected 0 < q <= 1, got 7.0"),
         (["dm:beta=8"], "expected a value for lambd"),

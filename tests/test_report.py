@@ -128,6 +128,12 @@ def test_is_a_value():
         ((torch.zeros(2), torch.arange(2)), {}, TypeError, r"output: expected a DMOutput.*return_output=True, got Tensor"),
         ((output_of([0.5], [1.0]), torch.arange(2)), {}, ValueError, r"target: expected shape \(1,\).*got \(2,\)"),
         ((output_of([0.5], [1.0]), [0]), {}, TypeError, r"target: expected a Tensor, got list"),
+        (
+            (output_of([0.5], [1.0]), torch.ones(1)),
+            {},
+            TypeError,
+            r"target: expected labels of an integer dtype, got torch.float32",
+        ),
         ((output_of([0.5], [1.0]), torch.arange(1), torch.ones(1)), {}, TypeError, r"noisy: expected dtype bool"),
         ((output_of([0.5], [1.0]), torch.arange(1), torch.ones(2) > 0), {}, ValueError, r"noisy: expected shape \(1,\)"),
         ((output_of([0.5], [1.0]), torch.arange(1)), {"bins": 0}, ValueError, r"bins: expected"),
@@ -190,3 +196,10 @@ def test_environment():
     assert lines["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert lines["implementations"] == ", ".join(fused_dm.available_impls())
     assert {"python", "triton", "CPU threads", "GPU 0" if GPU else "GPU"} <= set(lines)
+
+
+@pytest.mark.parametrize("where", [None, 3, True])
+def test_what_is_no_place_for_a_picture(where):
+    report = emphasis_report(output_of([0.1, 0.9], [1.0, 1.0]), torch.arange(2))
+    with pytest.raises(TypeError, match=f"where: expected a path or matplotlib axes, got {where}"):
+        report.plot(where)

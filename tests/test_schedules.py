@@ -432,3 +432,8 @@ def test_a_schedule_of_a_parameter_that_is_gone():
     criterion.set_emphasis(edf.IMAE())
     with pytest.raises(ValueError, match=r"Linear: imae:T=8, the criterion's EDF by now, has no parameter \['beta'\]"):
         schedule.step()
+
+
+def test_a_schedule_without_its_way():
+    with pytest.raises(TypeError, match=r"Schedule: expected the class to define fraction\(time\)"):
+        Schedule(DMLoss("dm:beta=0,lambd=0"), [10], {"beta": [0, 8]})
