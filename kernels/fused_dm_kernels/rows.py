@@ -483,7 +483,8 @@ def row_terms(margin, weight, valid, eps, params_ptr, LOG_WEIGHT: tl.constexpr, 
     else:
         value = LOSS(log_p, log_q, params_ptr + 1)
     norm = 2.0 * q + eps
-    unit = tl.where(eps == 0.0, 0.5, q / tl.where(norm == 0.0, 1.0, norm))
+    # nan for a margin of nan, whatever eps is.
+    unit = tl.where(eps == 0.0, 0.5 + q * 0.0, q / tl.where(norm == 0.0, 1.0, norm))
     if weight.dtype == tl.int1:
         sign = tl.where(valid, 1.0, 0.0).to(margin.dtype)
     else:
@@ -530,8 +531,8 @@ def coefficient(dloss, log_weight, unit, row_sum, log_scale, divisor):
         k = over_divisor(dloss * unit, log_weight, divisor)
     else:
         k = dloss * unit * exp(log_weight - log_scale) / divisor.to(unit.dtype)
-    alone = (row_sum == 0.0) & (log_weight == log_weight)
-    return tl.where(alone | (unit == 0.0), 0.0, k)
+    # 0, or nan.
+    return tl.where((row_sum == 0.0) | (unit == 0.0), unit * 0.0, k)
 
 
 @triton.jit
