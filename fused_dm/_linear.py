@@ -140,7 +140,8 @@ def _loss(call: _Call) -> tuple[Tensor, Received | None, Tensor]:
         factor = unit * torch.exp((reference_log - found.totals.log_scale).double()) / found.totals.divisor
         if problem.normalizer is not None:
             # Gradients of 0, divided by a 0 that says that no row counts.
-            factor = torch.where((target != ignore_index).any() | factor.isfinite(), factor, 0.0)
+            counts = target != ignore_index if weight is None else weight != 0
+            factor = torch.where(counts.any() | factor.isfinite(), factor, 0.0)
         loss = _linear_operators.attach_linear_gradients(*given, found.loss, *gradients, factor.to(margin.dtype))
     else:
         sparse = call.skip_tolerance > 0 or call.drop_ignored

@@ -251,8 +251,9 @@ def linear_margin_gradients(
     unit = None
     if dtype == torch.float16 and dmargin.numel():
         # A power of 2: divided already, the coefficients may be below the range of fp16. It is itself in the range of fp32.
-        top = dmargin.abs().amax()
-        top = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top)).clamp(min=LEAST_UNIT)
+        size = dmargin.abs()
+        top = torch.where(size.isfinite(), size, 0.0).amax()
+        top = torch.where(top > 0, top, 1.0).clamp(min=LEAST_UNIT)
         unit = torch.exp2(top.log2().floor())
         unit = unit * (2 / _linear_blocks.HEADROOM)
         dmargin = dmargin / unit

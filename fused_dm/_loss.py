@@ -170,7 +170,7 @@ def weights_of(found: OfMargins) -> Weights:
 def coefficients_of(found: OfMargins, dtype: torch.dtype) -> Tensor:
     """k of each row, (N,) in `dtype`: the gradient is k exp(z_j - lse) for the other classes and -k for the label.
 
-    A row that does not count has 0, whatever the divisor is.
+    A row that does not count, and one whose weight is 0, has 0 whatever the divisor is.
     """
     if found.factors is None:
         undivided, divisor = _joined(found.undivided), found.totals.divisor
@@ -271,7 +271,8 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
     total = _folded(values, torch.sum)
     if loss is not None:
         total = total * torch.exp(-totals.log_scale.double())
-    return OfMargins(quotient(total, totals.divisor).to(margin.dtype), totals, kept, undivided, factors)
+    value = total / totals.divisor if problem.normalizer is None else quotient(total, totals.divisor)
+    return OfMargins(value.to(margin.dtype), totals, kept, undivided, factors)
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:

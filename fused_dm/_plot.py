@@ -124,7 +124,7 @@ def _draw_key(axes: Axes, densities: Sequence[edf.EDF], names: Sequence[list[str
     y = 0.0
     for index, (density, name) in enumerate(zip(densities, names, strict=True)):
         axes.plot([0, 0.28], [y + 0.08, y + 0.08], **_line(index))
-        axes.text(0.38, y, "\n".join(name), va="top", weight="bold", size=10.3, color=NAME, linespacing=1.15)
+        axes.text(0.38, y, "\n".join(name), va="top", weight="bold", size=10.3, color=NAME, linespacing=1.15, parse_math=False)
         figures = f"mode {number(mode(density))}   peak ratio {number(density.peak_ratio)}"
         axes.text(0.38, y + 0.19 * len(name) + 0.02, figures, va="top", color=NOTE, size=9.5)
         y += _row_height(name)

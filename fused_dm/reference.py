@@ -128,6 +128,12 @@ def _capped(logits: Tensor, softcap: float | Tensor) -> Tensor:
     return softcap * (torch.tanh(ratio).detach() + (smooth - smooth.detach()))
 
 
+def _transformed(logits: Tensor, logit_scale: float | Tensor | None, softcap: float | Tensor | None) -> Tensor:
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    return logits if softcap is None else _capped(logits, softcap)
+
+
 def dm_loss(
     logits: Tensor,
     target: Tensor,
@@ -171,24 +177,21 @@ def dm_loss(
     softcap, logit_scale = (float(c) if isinstance(c, int) else c for c in (softcap, logit_scale))
     target = target.long()
     valid = target != ignore_index
-    if logit_scale is not None or softcap is not None:
-        # An ignored row may hold anything, and its derivative is 0.
-        logits = torch.where(valid[:, None], logits, 0)
-    if logit_scale is not None:
-        logits = logits * logit_scale
-    if softcap is not None:
-        logits = _capped(logits, softcap)
-    z = logits.detach()
-    z = z if z.dtype == torch.float64 else z.float()
     label = torch.where(valid, target, 0)[:, None]
-    log_p, log_q, log_w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
-
     c = valid.double()
     if weight is not None:
         c = c * weight.double()[torch.where(valid, label[:, 0], 0)]
     if sample_weight is not None:
         c = torch.where(valid, c * sample_weight.double(), 0)
     counts = c != 0
+    z = logits.detach()
+    if logit_scale is not None or softcap is not None:
+        z = _transformed(z, logit_scale, softcap)
+        # A row that does not count may hold anything, and its derivative is 0.
+        logits = _transformed(torch.where(counts[:, None], logits, 0), logit_scale, softcap)
+    z = z if z.dtype == torch.float64 else z.float()
+    log_p, log_q, log_w, direction = {"literal": _literal, "stable": _stable}[form](z, label, emphasis, eps)
+
     # Weights that are divided by their sum are kept relative to the largest, so that none overflows.
     scale = torch.zeros((), dtype=torch.float64, device=z.device)
     if reduction == "sum_weight":

@@ -686,8 +686,13 @@ def test_check_measures_examples_by_the_largest_weight():
     hard, middling, easy = (f"{100 * value / w[3]:.3g} %" for value in w[:3])
     assert edf.check(two_bumps).words.startswith(
         f"Examples near p = 0.25 count most. Of their weight, one at p = 0.05 (hard) has {hard}, one at p = 0.5 (middling) has "
-        f"{middling} and one at p = 0.95 (easy) has {easy}. The weight is largest at p = 0.25."
+        f"{middling} and one at p = 0.95 (easy) has {easy}. The weight is largest at p = 0.25, with another peak at p = 0.75. "
     )
+    assert "another peak" not in edf.check(edf.GCE(q=0.7)).words
+    of_one_height = edf.check(lambda p, q: two_bumps(p, q) + torch.where(p.exp() > 0.5, 1e-15, 0.0)).words
+    assert "The weight is largest at p = 0.25, with another peak at p = 0.75. " in of_one_height
+    inside = edf.check(lambda log_p, log_q: -(log_p.exp() - 0.5).abs().log()).words
+    assert inside == "The weight is infinite at p = 0.5: beside such an example no other counts."
     pole = edf.check(edf.Beta(alpha=0.5, eta=2)).words
     assert pole.startswith("Examples near p = 0 count most.")
     assert "(p = 1e-9), count most" in pole
@@ -708,15 +713,35 @@ def test_check_has_no_note_without_a_reason(emphasis):
         (lambda p, q: torch.randn_like(p), "a second call gave the same p other weights"),
         (lambda p, q: p - p[-10:].mean(), "the weight of an example depends on which others it is computed with"),
         (lambda p, q: torch.log_softmax(q, 0), "the weight of an example depends on which others it is computed with"),
-        (lambda p, q: -20 - (p.exp() - 0.5) ** 2, r'the largest weight is 2.1e-09: under "sum_weight" the 1e-8 that is added'),
-        (edf.Beta.from_mode(0.3, 60), r"the largest weight is 4.1e-16"),
+        (lambda p, q: -20 - (p.exp() - 0.5) ** 2, r'the largest log w is -20: under "sum_weight" the 1e-8 that is added'),
+        (edf.Beta.from_mode(0.3, 60), r"the largest log w is -35.4"),
+        (lambda p, q: p.sort().values, "the weight of an example depends on which others it is computed with"),
+        (lambda p, q: q * 2 if (p < -5).any() else q, "the weight of an example depends on which others"),
+        (lambda p, q: q + len(q) if len(q) < 10 else q, "the weight of an example depends on which others"),
+        (
+            lambda p, q: -(p.exp() - 0.5).abs().log(),
+            "w is infinite within \\(0, 1\\): the loss of a batch with such an example is nan",
+        ),
         (
             edf.register(lambda p, q: q, loss=lambda p, q: torch.where(p < -25, p, -p), name="turns")(),
             "f rises with p at p = 1.8e-35",
         ),
         (edf.register(lambda p, q: q, loss=lambda p, q: p, name="climbs")(), "f rises with p at p = 1.8e-35"),
     ],
-    ids=["cancels", "random", "mean", "softmax", "small", "narrow", "turns", "climbs"],
+    ids=[
+        "cancels",
+        "random",
+        "mean",
+        "softmax",
+        "small",
+        "narrow",
+        "sorts",
+        "any",
+        "length",
+        "pole",
+        "turns",
+        "climbs",
+    ],
 )
 def test_check_notes(emphasis, note):
     assert re.search(note, "\n".join(edf.check(emphasis).notes))
@@ -734,7 +759,26 @@ def test_functions_of_rows_alone():
         (rows,) = log_p.shape
         return log_q.new_ones(rows) * log_q
 
-    assert edf.check(one_dimensional).words.startswith("Hard examples count most.")
+    for emphasis in (one_dimensional, edf.register(one_dimensional)()):
+        assert edf.check(emphasis).words.startswith("Hard examples count most.")
+        assert len(edf.plot(emphasis).axes[0].get_lines()) == 2
+    assert emphasis.integral == pytest.approx(0.5)
+
+
+def test_check_allows_a_network_its_rounding():
+    """Sums in fp32 are rounded otherwise for another number of rows."""
+    notes = edf.check(lambda log_p, log_q: log_q.float() * (1 + 1e-6 * len(log_q) / 83)).notes
+    assert not [note for note in notes if "others" in note]
+
+
+@pytest.mark.parametrize("loss", [lambda p, q: torch.zeros_like(p), lambda p, q: -p.detach()], ids=["constant", "detached"])
+def test_check_of_an_f_without_a_derivative(loss):
+    assert "the gradient is not the derivative of the reported f" in str(edf.check(with_loss(loss)))
+
+
+def test_check_of_an_f_that_changes_its_arguments():
+    with pytest.raises(ValueError, match="expected loss to leave log_p and log_q as they are"):
+        edf.check(with_loss(lambda log_p, log_q: log_q.exp_()))
 
 
 @pytest.mark.parametrize(
@@ -859,9 +903,26 @@ class Undeclared(edf.EDF):
 def test_a_subclass_whose_attributes_are_no_fields(use):
     with pytest.raises(TypeError, match=r"Undeclared: expected a class decorated by .*\['power'\] that are no fields"):
         use(Undeclared(2))
+    for composed in (Undeclared(2) + edf.CCE(), 2 * Undeclared(2), Undeclared(2).truncate(0, 0.5), Undeclared(2).floor(0.1)):
+        with pytest.raises(TypeError, match="Undeclared: expected a class decorated"):
+            use(composed)
     decorated = dataclasses.make_dataclass("Declared", [("power", float)], bases=(Undeclared,), frozen=True)
     assert decorated(1.0).integral == pytest.approx(0.5)
     assert decorated(9.0).integral == pytest.approx(0.1)
+
+
+def test_a_subclass_may_keep_what_it_has_computed():
+    class Table(edf.EDF):
+        @functools.cached_property
+        def table(self):
+            return torch.linspace(-1, 0, 11)
+
+        def log_weight(self, log_p, log_q):
+            return self.table[(10 * log_p.exp()).long()].to(log_p)
+
+    emphasis, (logits, target) = Table(), make(5, 7)
+    assert dm_loss(logits, target, emphasis) == dm_loss(logits, target, emphasis)
+    assert emphasis.mode == pytest.approx(1)
 
 
 def test_the_interval_from_0_begins_with_0():
@@ -896,6 +957,15 @@ def function_as_subclass(function):
     return type("OfFunction", (edf.EDF,), {"log_weight": lambda self, log_p, log_q: function(log_p, log_q)})()
 
 
+def test_a_name_is_no_mathematics(tmp_path):
+    def priced(log_p, log_q):
+        return log_q
+
+    priced.__name__ = "from $1^ to $2"
+    edf.plot(priced, path=tmp_path / "priced.png")
+    assert (tmp_path / "priced.png").stat().st_size > 1000
+
+
 def test_plot_draws_what_one_has_designed(tmp_path):
     pytest.importorskip("matplotlib")
     table = torch.linspace(0, 1, 11)
@@ -923,6 +993,9 @@ def test_plot_draws_what_one_has_designed(tmp_path):
         (lambda: edf.plot(3), TypeError, r"plot: expected EDFs, their names or functions log_weight\(log_p, log_q\), got 3"),
         (lambda: edf.plot(edf.CCE), TypeError, "plot: expected EDFs, their names or functions"),
         (lambda: edf.plot(edf.EDF()), TypeError, "plot: expected EDFs, their names or functions"),
+        (lambda: edf.plot("cce", path="."), ValueError, "plot: expected path to be a file to write, got the folder '.'"),
+        (lambda: edf.plot(lambda p, q: 0.0), ValueError, r"expected log_weight to return a tensor of shape \(\d+,\), got 0.0"),
+        (lambda: edf.plot(lambda p, q: p[:3]), ValueError, r"expected log_weight to return a tensor .* got shape \(3,\)"),
         (lambda: edf.parse(3), TypeError, "parse: expected text such as 'dm:beta=8,lambd=0.5', got 3"),
     ],
 )

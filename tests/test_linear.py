@@ -60,10 +60,15 @@ MODES = {
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("emphasis", [DM, edf.CCE(), lambda log_p, log_q: log_q], ids=["dm", "cce", "custom"])
-def test_every_row_ignored_and_divided_by_their_number(impl, mode, emphasis):
-    x, w, b, _ = layer(dtype=torch.float32)
-    target = torch.full((23,), -100)
-    output, found = run(impl, x, w, b, target, emphasis, reduction="sum", normalizer=(target != -100).sum(), **mode)
+@pytest.mark.parametrize("name", ["target", "sample_weight", "weight"])
+def test_every_row_ignored_and_divided_by_their_number(impl, mode, emphasis, name):
+    """By the label, or by a weight of 0."""
+    x, w, b, target = layer(dtype=torch.float32)
+    options = {"sample_weight": torch.zeros(23)} if name == "sample_weight" else {}
+    options |= {"weight": torch.zeros(300)} if name == "weight" else {}
+    target = torch.full((23,), -100) if name == "target" else target
+    options |= {"reduction": "sum", "normalizer": torch.tensor(0)}
+    output, found = run(impl, x, w, b, target, emphasis, **options, **mode)
     assert output.loss == 0
     for name, gradient in found.items():
         assert torch.equal(gradient, torch.zeros_like(gradient)), name
@@ -104,6 +109,19 @@ def test_derivatives_below_the_range_of_fp32_in_fp16(impl, gap, emphasis, option
     assert output.loss.isfinite()
     for name, gradient in found.items():
         assert (gradient == 0).all(), name
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_row_of_nan_leaves_the_others_their_scale_in_fp16(impl):
+    """Derivatives are divided by the largest of them, so that small ones have digits in fp16."""
+    x, w, b, target = layer(8, 5, 40, torch.float16, ignored=0.0)
+    dloss = torch.full((8,), 1e-5)
+    for spoilt in (x, x.index_fill(0, torch.tensor([7]), torch.nan)):
+        _, found = run(impl, spoilt, w, b, target, DM, dloss, reduction="none")
+        if spoilt is x:
+            truth = found["dinput"]
+    assert truth[:7].count_nonzero() > 20
+    assert torch.equal(found["dinput"][:7], truth[:7])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

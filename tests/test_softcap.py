@@ -104,15 +104,20 @@ def test_in_place(impl, options, dtype):
             check(output, leaf.grad, expected(logits, target, DM, upstream.cpu(), **options, **transform))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy: inf - inf
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_an_ignored_row_may_hold_anything(impl, transform):
+    """And so may one whose weight is 0."""
     logits, target = make(4, 8)
     logits[1, 2:], logits[2, 3], target[1:3] = torch.nan, torch.inf, -100
     output, dlogits = run(impl, logits, target, DM, reduction="sum", **transform)
     assert output.loss.isfinite()
     assert (dlogits[1:3] == 0).all()
     assert (dlogits[::3] != 0).all()
+    target[1:3], weight = 0, torch.tensor([1.0, 0.0, 0.0, 1.0])
+    _, by_weight = run(impl, logits, target, DM, reduction="sum", sample_weight=weight, **transform)
+    assert torch.equal(by_weight, dlogits)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy: inf - inf

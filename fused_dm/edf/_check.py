@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._density import EDF
-from ._draw import of_rows
-from ._measure import Measures, exp, measure
+from ._measure import Measures, exp, measure, of_rows
 
 # Margins from p = 1e-35 to 1 - 1e-35, densest in the middle; and the ends, p = 0 and p = 1.
 _MARGINS = (*(sign * 80.0 * (i / 40) ** 2 for sign in (-1, 1) for i in range(41)), -math.inf, math.inf)
@@ -89,9 +88,13 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     margin = torch.tensor(sorted(set(_MARGINS)), dtype=torch.float64, device="cpu")
     log_p, log_q = _logs(margin)
     log_w = _weights(name, emphasis.log_weight if isinstance(emphasis, EDF) else emphasis, log_p, log_q)
-    measures = measure(log_weight)
-    notes = _ends(log_w) + _beside_the_floor(measures) + _in_fp32(name, log_weight, log_p, log_q, log_w)
-    notes += _of_its_own_p(log_weight, log_p, log_q, log_w) + _slope(name, emphasis, margin)
+    notes = _of_its_own_p(log_weight, log_p, log_q)
+    words = "It is no function of p alone."
+    if not notes:
+        measures = measure(log_weight)
+        words = _words(measures, log_weight)
+        notes = _ends(log_w) + _beside_the_floor(measures) + _in_fp32(name, log_weight, log_p, log_q, log_w)
+    notes += _slope(name, emphasis, margin)
     compared, difference = False, None
     if isinstance(emphasis, EDF) and emphasis.fused:
         device = _device()
@@ -101,7 +104,7 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
             compared, difference = True, _compare(name, emphasis, margin, log_w, device)
     elif isinstance(emphasis, EDF):
         notes += ("it has no kernel of its own: it runs on the margins, at a cost of order N.",)
-    return Report(name, compared, difference, notes, _words(measures, log_weight))
+    return Report(name, compared, difference, notes, words)
 
 
 def _logs(margin: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +140,8 @@ def _numbers(name: str, function: str, what: str, got: object, log_p: Tensor, lo
 def _ends(log_w: Tensor) -> tuple[str, ...]:
     notes: tuple[str, ...] = ()
     inner = log_w[1:-1].max().item()
+    if inner == math.inf:
+        return ("w is infinite within (0, 1): the loss of a batch with such an example is nan.",)
     for end, at in (("0", 0), ("1", -1)):
         if log_w[at] > max(709, inner + 88):
             notes += (f"w is infinite at p = {end}: such an example outweighs the rest of its batch.",)
@@ -149,8 +154,8 @@ def _beside_the_floor(measures: Measures) -> tuple[str, ...]:
     if not -math.inf < measures.log_peak < _SMALL:
         return ()
     return (
-        f'the largest weight is {exp(measures.log_peak):.2g}: under "sum_weight" the 1e-8 that is added to the sum of weights '
-        "makes gradients smaller; multiply the weight by a number, or add one to log w.",
+        f'the largest log w is {measures.log_peak:.3g}: under "sum_weight" the 1e-8 that is added to the sum of weights makes '
+        "gradients smaller; add a number to log w, or multiply the weight by one.",
     )
 
 
@@ -173,7 +178,7 @@ def _in_fp32(
     return (
         f"in fp32, in which logits of up to 32 bits are computed, log w has lost its digits at p = "
         f"{log_p[at].exp().item():.2g}, 1 - p = {log_q[at].exp().item():.2g}: {got[at].item():.6g}, and {log_w[at].item():.6g} "
-        "in fp64. log_q is log(1 - p) with all digits; the log of 1 - exp(log_p) is not.",
+        "in fp64. If 1 - p is made of log_p: log_q is log(1 - p) with all digits.",
     )
 
 
@@ -181,18 +186,21 @@ def _finite(values: Tensor) -> Tensor:
     return values.clamp(-1e30, 1e30)
 
 
-def _of_its_own_p(
-    log_weight: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor, log_w: Tensor
-) -> tuple[str, ...]:
+def _of_its_own_p(log_weight: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> tuple[str, ...]:
     """Whether the weight of an example is the same again, and beside other examples."""
+    log_w = log_weight(log_p, log_q)
 
-    def differs(got: Tensor, exact: Tensor) -> bool:
-        # Vectorised code may round the last numbers of a batch otherwise.
-        return bool((_apart(got.double(), exact) > 1e-9).any())
+    def same(at: Tensor) -> bool:
+        got, exact = log_weight(log_p[at], log_q[at]), log_w[at]
+        # Sums of a network, say, are rounded by the number of rows.
+        return not (_apart(got.double(), exact.double()) > _UNITS**2 * torch.finfo(got.dtype).eps).any()
 
-    if differs(log_weight(log_p, log_q), log_w):
+    every = torch.arange(len(log_p), device="cpu")
+    if not same(every):
         return ("a second call gave the same p other weights.",)
-    if differs(log_weight(log_p[20:60], log_q[20:60]), log_w[20:60]):
+    # In another order; those with the larger p alone; and one by one.
+    others = [every * 37 % len(every), every[len(every) // 2 :], *every[10::20, None]]
+    if not all(map(same, others)):
         return (
             "the weight of an example depends on which others it is computed with: those of its batch, or of a part of it.",
         )
@@ -204,7 +212,10 @@ def _slope(name: str, emphasis: object, margin: Tensor) -> tuple[str, ...]:
     if not isinstance(emphasis, EDF) or not emphasis.has_loss:
         return ()
     logs = F.logsigmoid(margin), F.logsigmoid(-margin)
-    f = _numbers(name, "loss", "f", emphasis.loss(*logs), *logs, "is it 0 times an infinite log?")
+    given = logs[0].clone(), logs[1].clone()
+    f = _numbers(name, "loss", "f", emphasis.loss(*given), *logs, "is it 0 times an infinite log?")
+    if not (torch.equal(given[0], logs[0]) and torch.equal(given[1], logs[1])):
+        raise ValueError(f"{name}: expected loss to leave log_p and log_q as they are; it changes them in place")
     inner = f[1:-1]
     rises = inner.diff() > 1e-9 * (1 + inner[:-1].abs())
     notes: tuple[str, ...] = ()
@@ -215,7 +226,9 @@ def _slope(name: str, emphasis: object, margin: Tensor) -> tuple[str, ...]:
     margin = (margin[margin.abs() < 20] + 0.0137).requires_grad_()
     log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(emphasis.loss(log_p, log_q).sum(), margin)
+        total = emphasis.loss(log_p, log_q).sum()
+        # That of a constant has no derivative.
+        slope = torch.autograd.grad(total, margin)[0] if total.requires_grad else torch.zeros_like(margin)
     weight = torch.exp(emphasis.log_weight(log_p, log_q)).detach()
     if ((2 * slope.abs() - weight).abs() <= 1e-6 * weight + 1e-12).all() and (slope <= 0).all():
         return notes
@@ -294,6 +307,8 @@ def _agree(name: str, what: str, wrong: Tensor, margin: Tensor, got: Tensor, exa
 def _words(measures: Measures, log_weight: Callable[[Tensor, Tensor], Tensor]) -> str:
     if measures.log_peak == -math.inf:
         return "No example counts."
+    if measures.log_peak == math.inf:
+        return f"The weight is infinite at p = {measures.mode:.3g}: beside such an example no other counts."
     if measures.log_peak - measures.log_trough < 0.05:
         return "Hard, middling and easy examples count alike."
     p = torch.tensor([_HARD, _MIDDLING, _EASY], dtype=torch.float64, device="cpu")
@@ -320,7 +335,9 @@ def _words(measures: Measures, log_weight: Callable[[Tensor, Tensor], Tensor]) -
         near = measures.mode if measures.mode == mode else round(mode)
         listed = [f"one at p = {p[i]:g} ({kinds[i]}) has {_percent(shares[i])}" for i in range(3)]
         text = f"Examples near p = {near:.3g} count most. Of their weight, {listed[0]}, {listed[1]} and {listed[2]}. "
-    text += f"The weight is largest at p = {measures.mode:.3g}. "
+    text += f"The weight is largest at p = {measures.mode:.3g}"
+    more = [f"p = {peak:.3g}" for peak in measures.peaks if peak != measures.mode]
+    text += f", with another peak at {' and at '.join(more)}. " if more else ". "
     ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64, device="cpu")
     zero, one = (value.item() - top for value in log_weight(*_logs(ends)))
     text += f"Hopeless examples, which wrong labels are (p = 1e-9), {_end(zero)}; fitted ones (1 - p = 1e-9) {_end(one)}."

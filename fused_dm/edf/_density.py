@@ -127,7 +127,9 @@ class EDF:
         """Refuse a subclass with attributes that decide nothing about whether two of its EDFs are equal: a TypeError."""
         if "__dataclass_fields__" in type(self).__dict__:
             return
-        if unknown := set(vars(self)) - {field.name for field in dataclasses.fields(self)}:
+        fields = {field.name for field in dataclasses.fields(self)}
+        kept = {name for name in vars(self) if isinstance(getattr(type(self), name, None), functools.cached_property)}
+        if unknown := set(vars(self)) - fields - kept:
             raise TypeError(
                 f"{type(self).__name__}: expected a class decorated by @dataclasses.dataclass(frozen=True), whose fields say "
                 f"what its weight depends on, got one with the attributes {sorted(unknown)} that are no fields"
@@ -255,16 +257,16 @@ class EDF:
             more, right = _split(other)
             product = Product((left, right))
             return product if factor is None and more is None else Scaled((factor or 1.0) * (more or 1.0), product)
-        if isinstance(other, (int, float)) and not isinstance(other, bool):
+        if isinstance(other, numbers.Real) and not isinstance(other, bool):
             factor, part = _split(self)
-            return Scaled(other if factor is None else factor * other, part)
+            return Scaled(float(other) if factor is None else factor * float(other), part)
         return NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: float) -> "EDF":
-        if isinstance(other, (int, float)) and not isinstance(other, bool) and other > 0:
-            return self * (1 / other)
+        if isinstance(other, numbers.Real) and not isinstance(other, bool) and float(other) > 0:
+            return self * (1 / float(other))
         return NotImplemented
 
 
@@ -296,6 +298,11 @@ class Composition(EDF):
     def numbers(self) -> tuple[float, ...]:
         """Its own parameters, which come before those of its members."""
         return ()
+
+    def check_fields(self) -> None:
+        """Its members' too."""
+        for member in self.members:
+            member.check_fields()
 
     @property
     def params(self) -> tuple[float, ...]:

@@ -9,19 +9,11 @@ from torch import Tensor
 
 from .._extras import require
 from ._density import EDF
+from ._measure import of_rows
 from ._names import parse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def of_rows(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function for tensors of any shape: it is given them as (N,), as a loss gives it rows."""
-
-    def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return function(log_p.reshape(-1), log_q.reshape(-1)).reshape(log_p.shape)
-
-    return log_weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,14 +51,15 @@ def plot(*emphases: EDF | str | Callable[[Tensor, Tensor], Tensor], path: "str |
 
     Args:
         emphases: EDFs, names such as "dm:beta=8,lambd=0.5", or functions log_weight(log_p, log_q); one at least.
-        path: where to write the picture, in the format of its suffix; None to write none.
+        path: where to write the picture, in the format of its suffix, png without one; None to write none.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         TypeError: an argument is none of these.
-        ValueError: there is none, a name is not known, or the suffix is that of no format.
+        ValueError: there is none, a name is not known, a function returns something else than it should, `path` is a folder,
+            or its suffix is that of no format.
         ModuleNotFoundError: matplotlib is not installed; the message names the command that installs it.
 
     Example:
@@ -76,6 +69,8 @@ def plot(*emphases: EDF | str | Callable[[Tensor, Tensor], Tensor], path: "str |
     densities = [_edf(emphasis) for emphasis in emphases]
     if not densities:
         raise ValueError("plot: expected one EDF at least")
+    if path is not None and os.path.isdir(path):
+        raise ValueError(f"plot: expected path to be a file to write, got the folder {os.fspath(path)!r}")
     require("edf.plot", "plot", "matplotlib")
     from .. import _plot
 

@@ -48,6 +48,9 @@ class Measures(NamedTuple):
     """What is known of a weight as a function of p in (0, 1)."""
 
     mode: float  # the p where w is largest, the lowest of several
+    peaks: tuple[
+        float, ...
+    ]  # the p of all peaks that are at least a hundredth of the largest, from the lowest, the mode among them
     log_integral: float  # inf where the integral diverges, -inf where w is 0
     log_variance: float  # of w(p) for p uniform over (0, 1)
     log_peak: float  # log of the largest w
@@ -129,39 +132,96 @@ def _log_integral(log_weight: Callable[[Tensor, Tensor], Tensor], peak: float, a
     return top + math.log(total) if total > 0 else -math.inf
 
 
-def _largest(log_weight: Callable[[Tensor, Tensor], Tensor], around: Tensor) -> tuple[float, float]:
-    """The t of the largest log_weight, and its value. Points `around` jumps are looked at too."""
+class _Peak(NamedTuple):
+    t: float
+    log_weight: float
+
+
+def _refined(values: Callable[[Tensor], Tensor], t: Tensor, at: int) -> _Peak:
+    """The largest between the neighbours of t[at]; the ends are what they are."""
+    if at not in (0, len(t) - 1):
+        for _ in range(10):
+            left, right = t[max(at - 1, 0)].item(), t[min(at + 1, len(t) - 1)].item()
+            t = torch.linspace(left, right, 201, dtype=torch.float64, device="cpu")
+            at = int(values(t).argmax())
+    return _Peak(t[at].item(), values(t)[at].item())
+
+
+def _peaks(log_weight: Callable[[Tensor, Tensor], Tensor], around: Tensor) -> list[_Peak]:
+    """The peaks of log_weight from the lowest t; of more than 16 the largest. Points `around` jumps are looked at too."""
 
     def values(t: Tensor) -> Tensor:
         return log_weight(*_logs(torch.sinh(t)))
 
     t = torch.cat([torch.linspace(-_END, _END, 8001, dtype=torch.float64, device="cpu"), around]).unique()
-    at = int(values(t).argmax())
-    if at in (0, len(t) - 1):
-        return t[at].item(), values(t)[at].item()
-    for _ in range(10):
-        t = torch.linspace(t[max(at - 1, 0)].item(), t[min(at + 1, len(t) - 1)].item(), 201, dtype=torch.float64, device="cpu")
-        at = int(values(t).argmax())
-    return t[at].item(), values(t)[at].item()
+    given = values(t)
+    nothing = given.new_full((1,), -math.inf)
+    # The first of several that are equal.
+    rises = (given > torch.cat([nothing, given[:-1]])) & (given >= torch.cat([given[1:], nothing]))
+    found = rises.nonzero()[:, 0].tolist() or [int(given.argmax())]
+    found = sorted(found, key=lambda at: -given[at].item())[:16]
+    return [_refined(values, t, at) for at in sorted(found)]
+
+
+def _largest(peaks: list[_Peak]) -> _Peak:
+    """The largest, or of those that differ by rounding the first."""
+    top = max(peak.log_weight for peak in peaks)
+    least = top - 1e-12 * (1 + abs(top)) if math.isfinite(top) else top
+    return next((peak for peak in peaks if peak.log_weight >= least), peaks[0])
+
+
+def _apart(log_weight: Callable[[Tensor, Tensor], Tensor], peaks: list[_Peak], top: float) -> tuple[float, ...]:
+    """The p of peaks of at least a hundredth of the largest, between which w falls by a twentieth at least."""
+    kept: list[_Peak] = []
+    for peak in peaks:
+        if not peak.log_weight > top - math.log(100):
+            continue
+        if kept:
+            between = torch.linspace(kept[-1].t, peak.t, 1001, dtype=torch.float64, device="cpu")
+            dip = log_weight(*_logs(torch.sinh(between))).min().item()
+            if dip > min(kept[-1].log_weight, peak.log_weight) - 0.05:
+                kept[-1] = max(kept[-1], peak, key=lambda one: one.log_weight)
+                continue
+        kept.append(peak)
+    return tuple(_p_of(peak) for peak in kept)
+
+
+def _p_of(peak: _Peak) -> float:
+    return torch.sigmoid(torch.sinh(_double((peak.t,)))).item()
+
+
+def of_rows(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function for tensors of any shape: it is given them as (N,), as a loss gives it rows."""
+
+    def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
+        got = function(log_p.reshape(-1), log_q.reshape(-1))
+        if not isinstance(got, Tensor) or got.shape != (log_p.numel(),):
+            shown = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(f"expected log_weight to return a tensor of shape ({log_p.numel()},), got {shown}")
+        return got.reshape(log_p.shape)
+
+    return log_weight
 
 
 def measure(log_weight: Callable[[Tensor, Tensor], Tensor], jumps: Sequence[float] = ()) -> Measures:
-    """Measure the weight whose logarithm is `log_weight(log_p, log_q)` on fp64 tensors, with `jumps` at some p."""
-    around = _around(jumps)
+    """Measure the weight whose logarithm is `log_weight(log_p, log_q)` on fp64 tensors (N,), with `jumps` at some p."""
+    around, log_weight = _around(jumps), of_rows(log_weight)
     with torch.no_grad():
-        peak, log_peak = _largest(log_weight, around)
-        mode = torch.sigmoid(torch.sinh(_double((peak,)))).item()
-        _, log_trough = _largest(lambda log_p, log_q: -log_weight(log_p, log_q), around)
-        log_trough = -log_trough
+        found = _peaks(log_weight, around)
+        largest = _largest(found)
+        peak, log_peak = largest
+        mode = _p_of(largest)
+        log_trough = -_largest(_peaks(lambda log_p, log_q: -log_weight(log_p, log_q), around)).log_weight
         if log_peak == log_trough:
-            return Measures(mode, log_peak, -math.inf, log_peak, log_trough)
+            return Measures(mode, (mode,), log_peak, -math.inf, log_peak, log_trough)
+        peaks = _apart(log_weight, found, log_peak)
         log_mean = _log_integral(log_weight, peak, around)
         if log_mean in (math.inf, -math.inf):
-            return Measures(mode, log_mean, log_mean, log_peak, log_trough)
+            return Measures(mode, peaks, log_mean, log_mean, log_peak, log_trough)
 
         def log_square(log_p: Tensor, log_q: Tensor) -> Tensor:
             log_w = log_weight(log_p, log_q)
             distance = torch.where(log_w == -math.inf, -math.inf, -(log_w - log_mean).abs())
             return 2 * (log_w.clamp(min=log_mean) + torch.log(-torch.expm1(distance)))
 
-        return Measures(mode, log_mean, _log_integral(log_square, peak, around), log_peak, log_trough)
+        return Measures(mode, peaks, log_mean, _log_integral(log_square, peak, around), log_peak, log_trough)
