@@ -36,6 +36,8 @@ IN_FORWARD = (torch.float32, torch.bfloat16)
 FINITE_EXP = 80.0
 # Divided by such a number, a weight that is below the range of fp32 is still below it, and one in the range is finite.
 PLAIN_DIVISOR = (1.0, 1e30)
+# 0 divided by such a number is 0, in fp32 too: the factor of a part is at most the reciprocal.
+ORDINARY = (1e-30, 1e300)
 
 
 class Emphasis(NamedTuple):
@@ -145,6 +147,11 @@ def _folded(parts: list[Tensor], fold: Callable[[Tensor], Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else fold(torch.stack(parts))
 
 
+def _is_ordinary(divisor: Tensor) -> bool:
+    """Whether it is seen to be finite and not 0, which on a GPU would stop the host."""
+    return divisor.device.type == "cpu" and is_eager() and is_plain(divisor) and _cpu.is_between(divisor, *ORDINARY)
+
+
 class Weights(NamedTuple):
     """log |c w| and the sign of c of each row, (N,)."""
 
@@ -178,11 +185,14 @@ def coefficients_of(found: OfMargins, dtype: torch.dtype) -> Tensor:
             coefficient = undivided / divisor.to(dtype)
         else:
             coefficient = (undivided / rounded_in_range(divisor, dtype)).to(dtype)
-        return coefficient.masked_fill_(undivided == 0, 0.0)
+        return coefficient if _is_ordinary(divisor) else coefficient.masked_fill_(undivided == 0, 0.0)
+    ordinary = _is_ordinary(found.totals.divisor)
     sizes = [len(part) for part in found.undivided]
     coefficient = found.undivided[0].new_empty(sum(sizes))
     for part, factor, out in zip(found.undivided, found.factors, coefficient.split(sizes), strict=True):
-        torch.mul(part, factor, out=out).masked_fill_(part == 0, 0.0)
+        torch.mul(part, factor, out=out)
+        if not ordinary:
+            out.masked_fill_(part == 0, 0.0)
     return coefficient
 
 
