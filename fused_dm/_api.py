@@ -162,7 +162,8 @@ def _calm(impl: str) -> contextlib.AbstractContextManager:
 
 def _labels_of(target: Tensor, impl: str) -> Tensor:
     """The labels (N,) in 64 bits: in a narrower dtype a comparison with ignore_index or with V would wrap around."""
-    if target.dtype == torch.int64 and target.is_contiguous():
+    # Mostly there is nothing to do; in traced code the number of labels may be unknown.
+    if not torch.compiler.is_compiling() and target.dtype == torch.int64 and target.is_contiguous():
         return target.reshape(-1)
     with _calm(impl):
         return target.reshape(-1).long()
