@@ -874,7 +874,7 @@ def test_a_weight_that_is_nowhere_smooth_is_measured():
 def test_numbers_of_numpy_are_numbers():
     assert edf.DM(np.float32(8), np.int64(1)) == edf.DM(beta=8, lambd=1) == edf.DM(np.float64(8), Fraction(1))
     assert edf.DM.from_mode(np.float32(0.5), np.int64(50)).mode == pytest.approx(0.5)
-    for wrong in (np.bool_(True), np.float32("nan"), 10**400, "8", None, 1j):
+    for wrong in (np.bool_(True), np.float32("nan"), np.float32("inf"), 10**400, Fraction(10**400), "8", None, 1j):
         with pytest.raises(ValueError, match="DM: expected beta to be a finite number"):
             edf.DM(beta=wrong, lambd=0)
 

@@ -29,21 +29,24 @@ def text_of(value: float) -> str:
     return repr(value).removesuffix(".0")
 
 
-def finite(value: Any) -> float:
-    """A real number, numpy's among them, as a float; nan where it is none or not finite."""
+def finite(value: Any) -> float | None:
+    """A real number, numpy's among them, as a float; None where it is none or not finite."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+        return None
+    if not isinstance(value, (int, float)):
+        try:
+            value = float(value)
+        except OverflowError:
+            return None
+    # By comparisons, which compiled code can trace.
+    largest = torch.finfo(torch.float64).max
+    return float(value) if -largest <= value <= largest else None
 
 
 def number(owner: object, name: str, value: Any) -> float:
     """`value` as a finite float, or a ValueError that names the class and the parameter."""
     found = finite(value)
-    if math.isnan(found):
+    if found is None:
         raise ValueError(f"{type(owner).__name__}: expected {name} to be a finite number, got {value!r}")
     return found
 

@@ -19,7 +19,7 @@ def require(owner: object, condition: bool, name: str, wanted: str) -> None:
 def _argument(owner: str, name: str, value: Any, low: float, high: float, wanted: str) -> float:
     """An argument of an alternative constructor, a finite number in [low, high]."""
     found = finite(value)
-    if not low <= found <= min(high, LARGEST):
+    if found is None or not low <= found <= min(high, LARGEST):
         raise ValueError(f"{owner}: expected {wanted}, got {name}={value!r}")
     return found
 
