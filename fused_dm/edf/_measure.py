@@ -48,9 +48,7 @@ class Measures(NamedTuple):
     """What is known of a weight as a function of p in (0, 1)."""
 
     mode: float  # the p where w is largest, the lowest of several
-    peaks: tuple[
-        float, ...
-    ]  # the p of all peaks that are at least a hundredth of the largest, from the lowest, the mode among them
+    peaks: tuple[float, ...]  # of all peaks of at least a hundredth of the largest, from the lowest p
     log_integral: float  # inf where the integral diverges, -inf where w is 0
     log_variance: float  # of w(p) for p uniform over (0, 1)
     log_peak: float  # log of the largest w
@@ -170,7 +168,7 @@ def _largest(peaks: list[_Peak]) -> _Peak:
     return next((peak for peak in peaks if peak.log_weight >= least), peaks[0])
 
 
-def _apart(log_weight: Callable[[Tensor, Tensor], Tensor], peaks: list[_Peak], top: float) -> tuple[float, ...]:
+def _distinct(log_weight: Callable[[Tensor, Tensor], Tensor], peaks: list[_Peak], top: float) -> tuple[float, ...]:
     """The p of peaks of at least a hundredth of the largest, between which w falls by a twentieth at least."""
     kept: list[_Peak] = []
     for peak in peaks:
@@ -214,7 +212,7 @@ def measure(log_weight: Callable[[Tensor, Tensor], Tensor], jumps: Sequence[floa
         log_trough = -_largest(_peaks(lambda log_p, log_q: -log_weight(log_p, log_q), around)).log_weight
         if log_peak == log_trough:
             return Measures(mode, (mode,), log_peak, -math.inf, log_peak, log_trough)
-        peaks = _apart(log_weight, found, log_peak)
+        peaks = _distinct(log_weight, found, log_peak)
         log_mean = _log_integral(log_weight, peak, around)
         if log_mean in (math.inf, -math.inf):
             return Measures(mode, peaks, log_mean, log_mean, log_peak, log_trough)
