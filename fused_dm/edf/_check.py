@@ -57,10 +57,10 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     """Check an EDF and say in words what it does to easy, middling and hard examples.
 
     Looked at from p = 1e-35 to 1 - 1e-35, and at p = 0 and 1: that log w and f, if there is one, are tensors of the right
-    shape and never nan (a negative weight has no logarithm), whether w is finite at the ends, large beside the 1e-8 that is
-    added to the sum of weights, the same in fp32 as in fp64, and that of its own p alone, whether f falls with p and has the
-    slope that the weight says, and, where the kernels can run (on a GPU, or in Triton's interpreter under
-    TRITON_INTERPRET=1), that the Triton form gives the same weights and values.
+    shape and never nan (a negative weight has no logarithm); whether w is finite at the ends, large beside the 1e-8 that is
+    added to the sum of weights, the same in fp32 as in fp64, and the same whatever other examples are in the batch; whether f
+    falls with p and has the slope that the weight says; and, where the kernels can run (on a GPU, or in Triton's interpreter
+    under TRITON_INTERPRET=1), that the Triton form gives the same weights and values.
 
     Args:
         emphasis: an EDF, or a function log_weight(log_p, log_q).
@@ -84,10 +84,11 @@ def check(emphasis: EDF | Callable[[Tensor, Tensor], Tensor]) -> Report:
     if isinstance(emphasis, EDF):
         emphasis.check_fields()
     name = str(emphasis) if isinstance(emphasis, EDF) else getattr(emphasis, "__name__", repr(emphasis))
-    log_weight = emphasis.log_weight if isinstance(emphasis, EDF) else of_rows(emphasis)
+    given = emphasis.log_weight if isinstance(emphasis, EDF) else emphasis
+    log_weight = of_rows(given)
     margin = torch.tensor(sorted(set(_MARGINS)), dtype=torch.float64, device="cpu")
     log_p, log_q = _logs(margin)
-    log_w = _weights(name, emphasis.log_weight if isinstance(emphasis, EDF) else emphasis, log_p, log_q)
+    log_w = _weights(name, given, log_p, log_q)
     notes = _of_its_own_p(log_weight, log_p, log_q)
     words = "It is no function of p alone."
     if not notes:
