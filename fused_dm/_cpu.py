@@ -11,10 +11,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,16 +25,21 @@ from ._walk import walks
 # Elements a block holds: large beside the 26 us that its torch calls cost, small enough for a core's cache. Measured by
 # `python -m bench.cpu --sweep`.
 BLOCK_ELEMENTS = 1 << 17
-# Parts of the blocks a thread, so that one which is held up leaves work to the others; and blocks a part, beside which the
-# 30 us to take one are small.
-PARTS = 4
-PART_BLOCKS = 8
+# A part is this share of the blocks a thread that are left, so that a thread which is held up leaves work to the others and the
+# last parts, for whose end the others wait, are small; and the least blocks of a part, beside which the 30 us to take one are
+# small.
+PART_SHARE = 0.5
+PART_BLOCKS = 2
 # Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
 # Rows whose weights and values are computed at once, by any number of threads, as results are rounded relative to their piece.
 PIECE_ROWS = 1 << 17
-# Rows of a piece that go through several torch calls at a time: their temporaries stay in a core's cache.
+# Rows that go through several torch calls at a time: their temporaries stay in a core's cache.
 STEP_ROWS = 1 << 15
+# Rows from which a torch call on a number of each is spread over the threads; torch gives each 2^15 at least.
+MANY_ROWS = 1 << 16
+# The largest weight of a batch is in this range; then what a product with one loses, it would lose beside the largest.
+ORDINARY_WEIGHT = (1e-6, 1e6)
 # Bytes from which a gradient asks for its memory.
 HUGE_BYTES = 1 << 22
 HUGE_PAGE = 1 << 21
@@ -107,32 +112,47 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_a_fork)
 
 
-# `threads`, on a thread that is calm: how many it would have used.
-_local = threading.local()
+class _Thread(threading.local):
+    """What a thread knows of itself: how often it has become calm, and how many threads it and MKL used before."""
+
+    depth = 0
+    threads = 0
+    mkl_threads = 0
+
+
+_this_thread = _Thread()
 
 
 def _threads() -> int:
-    return 1 if _forked else getattr(_local, "threads", None) or torch.get_num_threads()
+    return 1 if _forked else _this_thread.threads or torch.get_num_threads()
 
 
-@contextmanager
-def calm() -> Iterator[None]:
-    """Torch calls of this thread start no others, for which they would wait at the end of every exp of 2048 numbers or more."""
-    runtime = _runtime()
-    if runtime is None or getattr(_local, "threads", None):
-        yield
-        return
-    # The first call gives a new thread the process's number, which would otherwise replace ours later.
-    before = torch.get_num_threads()
-    runtime.set_threads(1)
-    mkl = runtime.set_mkl_threads(1)
-    _local.threads = before
-    try:
-        yield
-    finally:
-        _local.threads = None
-        runtime.set_threads(before)
-        runtime.set_mkl_threads(mkl)
+class calm(ContextDecorator):
+    """Torch calls of this thread start no others, for which they would wait at the end of every exp of 2048 numbers or more.
+
+    A class, as a generator costs three times as much, several times a step.
+    """
+
+    def __enter__(self) -> None:
+        this = _this_thread
+        this.depth += 1
+        runtime = _runtime()
+        if this.depth > 1 or runtime is None:
+            return
+        # The first call gives a new thread the process's number, which would otherwise replace ours later.
+        this.threads = torch.get_num_threads()
+        runtime.set_threads(1)
+        this.mkl_threads = runtime.set_mkl_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        this = _this_thread
+        this.depth -= 1
+        runtime = _runtime()
+        if this.depth or runtime is None:
+            return
+        runtime.set_threads(this.threads)
+        runtime.set_mkl_threads(this.mkl_threads)
+        this.threads = 0
 
 
 @contextmanager
@@ -148,27 +168,27 @@ def _spread(threads: int) -> Iterator[None]:
             runtime.set_threads(1)
 
 
-def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]]) -> None:
+def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]], inference: bool) -> None:
     """Call `start()(number)` for every number below `count`, on several threads or on this one, `start` once on each.
 
     The threads are those that torch has its own calls run on: they are awake where torch was busy a moment ago, and would
     be in the way of any others. They take numbers as they come, so that one which shares its core with a busy process holds
-    up no other.
+    up no other. With `inference`, torch calls cost less, and what they make is not to leave the calls.
     """
     runtime = _runtime()
+    inference = inference or torch.is_inference_mode_enabled()
     if threads == 1 or runtime is None:
-        with calm(), torch.no_grad():
+        with calm(), torch.inference_mode() if inference else torch.no_grad():
             step = start()
             for number in range(count):
                 step(number)
         return
     remaining, lock = iter(range(count)), threading.Lock()
-    inference = torch.is_inference_mode_enabled()
     failures: list[BaseException] = []
 
     def take(_: int | None = None) -> None:
         try:
-            with calm(), torch.inference_mode(inference), torch.no_grad():
+            with calm(), torch.inference_mode() if inference else torch.no_grad():
                 step = start()
                 while True:
                     with lock:
@@ -183,6 +203,17 @@ def _share(threads: int, count: int, start: Callable[[], Callable[[int], None]])
     runtime.parallel(_Body(take), None, threads, 0)
     if failures:
         raise failures[0]
+
+
+def _parts(blocks: int, threads: int) -> list[tuple[int, int]]:
+    """First blocks and ends of the parts that threads take one after another; one at least for each, if there are as many."""
+    least = min(PART_BLOCKS, max(1, blocks // threads))
+    parts, begin = [], 0
+    while begin < blocks:
+        end = min(blocks, begin + max(least, math.ceil((blocks - begin) * PART_SHARE / threads)))
+        parts.append((begin, end))
+        begin = end
+    return parts
 
 
 def _run(
@@ -208,8 +239,7 @@ def _run(
         if spread:
             blocks = _Blocks(matrix, WIDE_BLOCK_ELEMENTS)
         count = len(blocks)
-        size = min(-(-count // threads), max(PART_BLOCKS, -(-count // (PARTS * threads)))) if shared else count
-
+        parts = _parts(count, threads) if shared else [(0, count)]
         extra = 0 if beside is None else 1
 
         def start() -> Callable[[int], None]:
@@ -219,13 +249,12 @@ def _run(
                 if beside is not None and number == 0:
                     beside()
                 else:
-                    first = (number - extra) * size
-                    work(blocks, scratch, first, min(first + size, count))
+                    work(blocks, scratch, *parts[number - extra])
 
             return step
 
         with _spread(threads) if spread else nullcontext():
-            _share(threads if shared else 1, extra - (-count // size), start)
+            _share(threads if shared else 1, extra + len(parts), start, inference=True)
 
 
 def pieces(rows: int) -> list[slice]:
@@ -243,8 +272,13 @@ def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
         found[number] = function(parts[number])
 
     with calm():
-        _share(min(_threads(), len(parts)) if _runtime() else 1, len(parts), lambda: step)
+        _share(min(_threads(), len(parts)) if _runtime() else 1, len(parts), lambda: step, inference=False)
     return cast(list[_R], found)
+
+
+def many(rows: int) -> AbstractContextManager[None]:
+    """Torch calls on numbers of that many rows are spread over the threads, which are not worth waking for fewer."""
+    return _spread(_threads()) if rows >= MANY_ROWS and _this_thread.threads else nullcontext()
 
 
 # ---- What a look at a tensor tells, which on a GPU would stop the host
@@ -255,8 +289,13 @@ def are_moderate(margins: Tensor) -> bool:
     return float(torch.dot(margins, margins)) < 1e30
 
 
-def is_positive(number: Tensor) -> bool:
-    return float(number) > 0
+def numbers(tensor: Tensor) -> list[float]:
+    return cast(list[float], tensor.tolist())
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """The nearest number that fp64 or fp32 has."""
+    return number if dtype == torch.float64 else ctypes.c_float(number).value
 
 
 def is_between(number: Tensor, least: float, most: float) -> bool:
@@ -272,14 +311,85 @@ def is_below(number: Tensor, limit: float) -> bool:
 # ---- Numbers of the rows
 
 
+def counted(
+    margin: Tensor, moderate: bool, weight: Tensor | None, target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """Margins and weights (N,) of rows of which all that count have finite numbers, or None.
+
+    The weights are None for 1, and 0 for rows that do not count; these have the margin of one that does. `moderate` tells that
+    all of the margins are.
+    """
+    dead: Tensor | None = None
+    if weight is not None:
+        least, most = map(float, weight.aminmax())
+        if not ORDINARY_WEIGHT[0] <= max(-least, most) <= ORDINARY_WEIGHT[1]:
+            return None
+        if least <= 0 <= most:
+            dead = weight == 0
+    elif not moderate:
+        # The margin of an ignored row is nan.
+        dead = target == ignore_index
+        weight = (~dead).to(margin.dtype)
+    if dead is not None:
+        some = _first_that_counts(dead)
+        if some is None:
+            return None
+        margin = torch.where(dead, margin[some], margin)
+        moderate = are_moderate(margin)
+    return (margin, weight) if moderate else None
+
+
+def _first_that_counts(dead: Tensor) -> int | None:
+    """Where `dead` (N,) is False first, None where it is not."""
+    # Mostly it is among the first, and a look at all is slow.
+    for rows in (dead[:STEP_ROWS], dead):
+        if not rows.all():
+            return int(rows.byte().argmin())
+    return None
+
+
+def _by_steps(rows: int, work: Callable[[int, int], None]) -> None:
+    """Call `work(begin, end)` for parts of the steps of that many rows, on the threads where there are several steps.
+
+    What torch calls make there is not to leave it.
+    """
+    steps = -(-rows // STEP_ROWS)
+    with calm():
+        threads = min(_threads(), steps) if _runtime() else 1
+        if threads <= 1:
+            work(0, steps)
+            return
+        parts = _parts(steps, threads)
+        _share(threads, len(parts), lambda: lambda number: work(*parts[number]), inference=True)
+
+
 def logarithms(margins: Tensor) -> tuple[Tensor, Tensor]:
     """log p and log q of margins (N,), none of them nan."""
-    return walks().logarithms(margins, STEP_ROWS)
+    log_p, log_q = torch.empty_like(margins), torch.empty_like(margins)
+    _by_steps(len(margins), lambda begin, end: walks().logarithms(margins, log_p, log_q, STEP_ROWS, begin, end))
+    return log_p, log_q
 
 
-def weigh(*numbers: Any) -> tuple[Tensor, Tensor]:
-    """`_walk.weigh`, some rows at a time."""
-    return walks().weigh(*numbers, STEP_ROWS)
+def weigh(
+    log_weight: Tensor,
+    log_q: Tensor,
+    value: Tensor,
+    row_weight: Tensor | None,
+    eps: float,
+    top: Tensor,
+    absolute: bool,
+    has_loss: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the weights and of the values, 0-d fp64, and coefficients (N,): see `_walk.weigh`.
+
+    The sums do not depend on the number of threads.
+    """
+    coefficient = torch.empty_like(log_weight)
+    sums = log_weight.new_empty((2, -(-len(log_weight) // STEP_ROWS)), dtype=torch.float64)
+    given = (log_weight, log_q, value, row_weight, eps, top, absolute, has_loss, coefficient, sums, STEP_ROWS)
+    _by_steps(len(log_weight), lambda begin, end: walks().weigh(*given, begin, end))
+    weights, values = sums.sum(1).unbind()
+    return weights, values, coefficient
 
 
 # ---- Blocks
@@ -354,13 +464,34 @@ def _is_there(page: int) -> bool:
     return known and answer.raw[0] & 1 == 1
 
 
-def check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
-    wrong = valid & ((target < 0) | (target >= classes))
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise IndexError(
-            f"target: expected labels in [0, {classes}) or ignore_index={ignore_index}, got {int(target[at])} at row {at}"
-        )
+def checked_labels(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """The labels (N,) with 0 for ignored rows, and which rows are not ignored; None where none is.
+
+    Raises:
+        IndexError: a label is no class.
+    """
+    valid: Tensor | None = None
+    with many(len(target)):
+        # Mostly all are labels, which one look at the largest and the smallest shows.
+        lowest, highest = _range(target)
+        label = target
+        if not (lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest):
+            valid = target != ignore_index
+            label = torch.where(valid, target, 0)
+            lowest, highest = _range(label)
+    if lowest >= 0 and highest < classes:
+        return label, valid
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    at = int(wrong.nonzero()[0])
+    raise IndexError(
+        f"target: expected labels in [0, {classes}) or ignore_index={ignore_index}, got {int(target[at])} at row {at}"
+    )
+
+
+def _range(target: Tensor) -> tuple[int, int]:
+    """The smallest and the largest label, 0 and 0 where there is none."""
+    least, most = target.aminmax() if target.numel() else (0, 0)
+    return int(least), int(most)
 
 
 # ---- The passes
@@ -371,16 +502,7 @@ class _Pass:
 
     def __init__(self, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> None:
         self.dtype = compute_dtype(logits.dtype)
-        target = target.long()
-        # Mostly all are labels, which one look at the largest and the smallest shows.
-        lowest, highest = map(int, target.aminmax()) if target.numel() else (0, 0)
-        self.label = target
-        # None where no row is ignored.
-        self.valid: Tensor | None = None
-        if not (lowest >= 0 and highest < logits.shape[1] and not lowest <= ignore_index <= highest):
-            self.valid = target != ignore_index
-            check_labels(target, self.valid, logits.shape[1], ignore_index)
-            self.label = torch.where(self.valid, target, 0)
+        self.label, self.valid = checked_labels(target.long(), logits.shape[1], ignore_index)
         # Row by row what a matrix without classes has, if that is what it is.
         least = torch.finfo(self.dtype).min
         self.row_max, self.row_sum, self.label_logit, self.lead, self.margin = (
@@ -436,14 +558,15 @@ class _Pass:
         _run(logits, work, None if direct else self.dtype, beside)
 
     def margins(self) -> tuple[Tensor, Tensor]:
-        """The rows' margin and z_y - max; nan for ignored rows and for a label at +inf."""
-        # One look at the sum spares one at every row.
-        if self.valid is not None or not math.isfinite(self.label_logit.sum()):
-            nothing = self.label_logit == math.inf
-            if self.valid is not None:
-                nothing |= ~self.valid
-            self.margin.masked_fill_(nothing, math.nan)
-            self.lead.masked_fill_(nothing, math.nan)
+        """The rows' margin, nan for ignored rows and for a label at +inf, and z_y - max."""
+        with many(len(self.margin)):
+            nothing = None if self.valid is None else ~self.valid
+            # One look at the sum spares one at every row.
+            if not math.isfinite(self.label_logit.sum()):
+                infinite = self.label_logit == math.inf
+                nothing = infinite if nothing is None else nothing | infinite
+            if nothing is not None:
+                self.margin.masked_fill_(nothing, math.nan)
         return self.margin, self.lead
 
 
@@ -473,21 +596,23 @@ def undivided_direction(
     """Margins, leads and norms (N,), and the gradient for k = norm: exp(z_j - m), and -norm for the label, times the slope.
 
     m is the maximum, or 0 in blocks that need none subtracted. The norm is the sum of exp(z_j - m), but 1/2 where no other
-    class has a finite logit, whose gradient is 0, and 1 where it would be nan. With a transform it is 1 throughout: its slope,
-    times a large sum, could be infinite. `out` may be the logits themselves.
+    class has a finite logit, whose gradient is 0, and infinite for a row of nan. With a transform it is 1 in place of the sum:
+    its slope, times a large sum, could be infinite. `out` may be the logits themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
     walk.run(out, undivided=transform is None, beside=populate)
+    norms = walk.row_sum
     # One look at the margins spares three at the rows: where they are finite, so is the label's logit, and no sum is 0 or nan.
     if transform is None and walk.valid is None and are_moderate(walk.margin):
-        return walk.margin, walk.lead, walk.row_sum, out
+        return walk.margin, walk.lead, norms, out
     margins, leads = walk.margins()
-    if transform is not None:
-        return margins, leads, walk.row_sum.fill_(1.0), out
-    norms = walk.row_sum.clamp_(min=0.5)
-    if not math.isfinite(norms.sum()):
-        norms.nan_to_num_(nan=1.0)
+    with many(len(margins)):
+        if transform is not None:
+            # The slope at a label's logit that is nan is nan too.
+            norms = torch.where((norms + walk.label_logit).isnan(), math.inf, 1.0).to(norms.dtype)
+        elif not math.isfinite(norms.clamp_(min=0.5).sum()):
+            norms.nan_to_num_(nan=math.inf)
     return margins, leads, norms, out
 
 
@@ -499,13 +624,17 @@ def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
         matrix.masked_fill_(zero.view(matrix.shape[0], 1, matrix.shape[2]), 0.0)
 
 
-def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
-    """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds."""
+def scale_rows_(matrix: Tensor, factor: Tensor, finite: bool = False) -> None:
+    """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds.
+
+    `finite` tells that no row holds nan or inf.
+    """
     factor = factor.detach().contiguous()
     if not len(factor):
         return
     same = matrix.dtype == factor.dtype
-    least, most = map(float, factor.aminmax())
+    with many(len(factor)):
+        least, most = map(float, factor.aminmax())
     # The call for 16 bits would make nan of a row whose factor is infinite.
     if not same and _is_long(matrix) and matrix.is_contiguous() and math.isfinite(least) and math.isfinite(most):
         _scale_16_bits_(matrix.detach(), factor)
@@ -518,7 +647,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor) -> None:
 
         _run(planes, work, None if same else factor.dtype)
     # The least tells it mostly, and counting takes half as long as finding them.
-    if not least > 0 and factor.count_nonzero() < len(factor):
+    if not finite and not least > 0 and factor.count_nonzero() < len(factor):
         _zero_rows_(matrix, factor == 0)
 
 
@@ -538,7 +667,7 @@ def _scale_16_bits_(matrix: Tensor, factor: Tensor) -> None:
         with calm():
             threads = _threads()
             if planes >= threads and _runtime():
-                _share(threads, planes, lambda: some)
+                _share(threads, planes, lambda: some, inference=True)
             else:
                 with _spread(threads):
                     walks().scale_planes_16_bits(matrix, factor, 0, planes)

@@ -27,7 +27,7 @@ def _once(ctx) -> None:
 
 def _checked(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, impl: str, dtype) -> Layer:
     if impl == "cpu":
-        _cpu.check_labels(target, target != ignore_index, weight.shape[0], ignore_index)
+        _cpu.checked_labels(target, weight.shape[0], ignore_index)
     return layer_of(input, weight, bias, dtype)
 
 

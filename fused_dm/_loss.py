@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -100,12 +101,13 @@ def _valid(problem: Problem) -> Tensor:
     return problem.target != problem.ignore_index
 
 
-def row_weights(problem: Problem) -> Tensor | None:
-    """c of each row, (N,); None where every row has 1."""
+def row_weights(problem: Problem, all_valid: bool = False) -> Tensor | None:
+    """c of each row, (N,); None where every row has 1. `all_valid` tells that no row is ignored, and no label is no class."""
     if problem.weight is None and problem.sample_weight is None:
         return None
     dtype = compute_dtype(problem.logits.dtype)
-    return row_weight(problem.weight, problem.sample_weight, problem.target, _valid(problem), dtype)
+    valid = None if all_valid else _valid(problem)
+    return row_weight(problem.weight, problem.sample_weight, problem.target, valid, dtype)
 
 
 def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
@@ -121,11 +123,12 @@ def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
-    valid = _valid(problem)
-    prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
-    weights = example_weights(log_weight, sign, totals)
-    correct = ~margin.isnan() & ((lead >= 0) | (margin == torch.inf))
-    return Received(weights, prob, totals.sum_weight.clone(), valid & correct)
+    with _cpu.many(len(margin)) if _eager_on_a_cpu(problem, margin) else nullcontext():
+        valid = _valid(problem)
+        prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
+        weights = example_weights(log_weight, sign, totals)
+        correct = ~margin.isnan() & ((lead >= 0) | (margin == torch.inf))
+        return Received(weights, prob, totals.sum_weight.clone(), valid & correct)
 
 
 def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -209,40 +212,92 @@ class _Part(NamedTuple):
 @torch.no_grad()
 def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> OfMargins:
     """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
-    emphasis, weight, margin = problem.emphasis, row_weights(problem), margin.detach()
-    normalizer = _normalizer(problem, weight)
+    emphasis, margin = problem.emphasis, margin.detach()
+    eager = _eager_on_a_cpu(problem, margin)
+    with _cpu.many(len(margin)) if eager else nullcontext():
+        # The margin of an ignored row is nan, and a label that is no class has been refused.
+        moderate = eager and _cpu.are_moderate(margin)
+        weight = row_weights(problem, all_valid=moderate)
+        normalizer = _normalizer(problem, weight)
+        ordinary = _ordinary_part(problem, margin, moderate, weight, normalizer, keep_weights) if eager else None
+    if ordinary:
+        parts = [ordinary]
+    else:
+        of = _any_part(problem, margin, weight, normalizer, keep_weights, eager)
+        parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
+    by_row, has_loss = problem.reduction == "none", emphasis.loss is not None
+    undivided, values = [part.coefficients for part in parts], [part.values for part in parts]
+    kept = [part.kept for part in parts if part.kept is not None]
+    if len(parts) == 1:
+        totals = batch_totals(parts[0].top, parts[0].weights, normalizer)
+        factors = None
+    else:
+        # What numbers relative to the largest weight of their part are to be multiplied by to be relative to that of all.
+        top = torch.stack([part.top for part in parts]).amax()
+        shares = [torch.where(part.top == top, 1.0, torch.exp(part.top.double() - top.double())) for part in parts]
+        weights = [torch.where(share == 0, 0.0, part.weights * share) for part, share in zip(parts, shares, strict=True)]
+        totals = batch_totals(top, torch.stack(weights).sum(), normalizer)
+        factors = [(share / totals.divisor).to(margin.dtype) for share in shares] if normalizer is None else None
+        if normalizer is None and not has_loss:
+            values = [rescaled_values(part.values, share) for part, share in zip(parts, shares, strict=True)]
+    if by_row:
+        return OfMargins(_joined(values), totals, kept, undivided, factors)
+    total = _folded(values, torch.sum)
+    if has_loss:
+        total = total * torch.exp(-totals.log_scale.double())
+    value = total / totals.divisor if problem.normalizer is None else quotient(total, totals.divisor)
+    return OfMargins(value.to(margin.dtype), totals, kept, undivided, factors)
+
+
+def _ordinary_part(
+    problem: Problem,
+    margin: Tensor,
+    moderate: bool,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    keep_weights: bool,
+) -> _Part | None:
+    """All rows, where those that count have finite numbers: on a CPU, where that can be seen, it spares most of the passes."""
+    emphasis = problem.emphasis
+    if problem.reduction == "none" or not len(margin):
+        return None
+    if normalizer is not None and not _cpu.is_between(normalizer, *PLAIN_DIVISOR):
+        return None
+    counted = _cpu.counted(margin, moderate, weight, problem.target, problem.ignore_index)
+    if counted is None:
+        return None
+    margin, weight = counted
+    eps, *params = _cpu.numbers(emphasis.params)
+    log_p, log_q = _cpu.logarithms(margin)
+    log_w = emphasis.log_weight(log_p, log_q, *params)
+    value = -log_p if emphasis.loss is None else emphasis.loss(log_p, log_q, *params)
+    if log_w.shape != margin.shape or value.shape != margin.shape:
+        return None
+    top = log_w.amax().clamp(min=LOG_FLOOR)
+    if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
+        return None
+    options = (top, normalizer is not None, emphasis.loss is not None)
+    weights, values, coefficient = _cpu.weigh(log_w, log_q, value, weight, _cpu.rounded(eps, margin.dtype), *options)
+    kept = None
+    if keep_weights and weight is None:
+        kept = Weights(log_w, margin.new_ones(()).expand_as(margin))
+    elif keep_weights and weight is not None:
+        kept = Weights(log_w + weight.abs().log(), weight.sign())
+    return _Part(kept, top, weights, values, coefficient)
+
+
+def _any_part(
+    problem: Problem, margin: Tensor, weight: Tensor | None, normalizer: Tensor | None, keep_weights: bool, eager: bool
+) -> Callable[[slice], _Part]:
+    """What takes some of the rows, whatever their numbers are."""
+    emphasis = problem.emphasis
     eps, *params = emphasis.params.unbind()
     eps = eps.to(margin.dtype)
     log_weight = _with(emphasis.log_weight, params)
     loss = None if emphasis.loss is None else _with(emphasis.loss, params)
-    eager = _eager_on_a_cpu(problem, margin)
-    by_row = problem.reduction == "none"
-    eps_or_none = eps if not eager or _cpu.is_positive(eps) else None
     plain = normalizer is None or (eager and _cpu.is_between(normalizer, *PLAIN_DIVISOR))
 
-    room = torch.empty_like(margin)
-
-    def of_ordinary(margins: Tensor, coefficient: Tensor) -> _Part | None:
-        """Where no row is ignored or has a weight and all numbers are finite, which on a CPU spares half of the passes."""
-        # The margin of an ignored row is nan.
-        if not (eager and plain) or by_row or weight is not None or not len(margins) or not _cpu.are_moderate(margins):
-            return None
-        log_p, log_q = _cpu.logarithms(margins)
-        log_w = log_weight(log_p, log_q)
-        value = -log_p if loss is None else loss(log_p, log_q)
-        if log_w.shape != margins.shape or value.shape != margins.shape:
-            return None
-        top = log_w.amax().clamp(min=LOG_FLOOR)
-        if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
-            return None
-        options = (top, normalizer is not None, loss is not None, coefficient)
-        weights, values = _cpu.weigh(log_w, log_q, value, eps_or_none, *options)
-        kept = Weights(log_w, margins.new_ones(()).expand_as(margins)) if keep_weights else None
-        return _Part(kept, top, weights, values, coefficient)
-
     def of(rows: slice) -> _Part:
-        if part := of_ordinary(margin[rows], room[rows]):
-            return part
         valid = problem.target[rows] != problem.ignore_index
         terms = row_terms(margin[rows], valid, None if weight is None else weight[rows], eps, log_weight, loss)
         top = largest_log_weight(terms.log_weight)
@@ -257,32 +312,11 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
         values, coefficient = row_values(terms, relative, loss is not None), coefficients(terms, relative)
         if wide:
             values, coefficient = rounded_in_range(values, margin.dtype), rounded_in_range(coefficient, margin.dtype)
-        values = values.to(margin.dtype) if by_row else values.sum(dtype=torch.float64)
+        values = values.to(margin.dtype) if problem.reduction == "none" else values.sum(dtype=torch.float64)
         kept = Weights(terms.log_weight, terms.sign) if keep_weights else None
         return _Part(kept, top, weights, values, coefficient)
 
-    parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
-    undivided, values = [part.coefficients for part in parts], [part.values for part in parts]
-    kept = [part.kept for part in parts if part.kept is not None]
-    if len(parts) == 1:
-        totals = batch_totals(parts[0].top, parts[0].weights, normalizer)
-        factors = None
-    else:
-        # What numbers relative to the largest weight of their part are to be multiplied by to be relative to that of all.
-        top = torch.stack([part.top for part in parts]).amax()
-        shares = [torch.where(part.top == top, 1.0, torch.exp(part.top.double() - top.double())) for part in parts]
-        weights = [torch.where(share == 0, 0.0, part.weights * share) for part, share in zip(parts, shares, strict=True)]
-        totals = batch_totals(top, torch.stack(weights).sum(), normalizer)
-        factors = [(share / totals.divisor).to(margin.dtype) for share in shares] if normalizer is None else None
-        if normalizer is None and loss is None:
-            values = [rescaled_values(part.values, share) for part, share in zip(parts, shares, strict=True)]
-    if by_row:
-        return OfMargins(_joined(values), totals, kept, undivided, factors)
-    total = _folded(values, torch.sum)
-    if loss is not None:
-        total = total * torch.exp(-totals.log_scale.double())
-    value = total / totals.divisor if problem.normalizer is None else quotient(total, totals.divisor)
-    return OfMargins(value.to(margin.dtype), totals, kept, undivided, factors)
+    return of
 
 
 def margin_loss(problem: Problem, impl: str) -> Result:

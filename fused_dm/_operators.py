@@ -300,8 +300,11 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
             coefficient = _times(coefficient, dvalue)
         elif dvalue != 1:
             coefficient = coefficient * dvalue
-        # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
-        _cpu.scale_rows_(matrix, coefficient / norm)
+        with _cpu.many(len(norm)):
+            # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
+            factor = coefficient / norm
+            finite = math.isfinite(norm.sum())
+        _cpu.scale_rows_(matrix, factor, finite)
 
 
 @operator("fused_dm::scaled_rows")

@@ -63,11 +63,18 @@ def combine_statistics(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_weight(
-    weight: Tensor | None, sample_weight: Tensor | None, target: Tensor, valid: Tensor, dtype: torch.dtype
+    weight: Tensor | None, sample_weight: Tensor | None, target: Tensor, valid: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """c = weight[target] * sample_weight of each row, (N,); None where every row has 1. 0 for ignored rows."""
+    """c = weight[target] * sample_weight of each row, (N,); None where every row has 1. 0 for ignored rows.
+
+    A `valid` of None tells that every row has a label that is a class.
+    """
     if weight is None and sample_weight is None:
         return None
+    if valid is None:
+        given = [] if weight is None else [weight.to(dtype)[target]]
+        given += [] if sample_weight is None else [sample_weight.to(dtype)]
+        return given[0] if len(given) == 1 else given[0] * given[1]
     combined = valid.to(dtype)
     if weight is not None:
         is_class = valid & (target >= 0) & (target < weight.shape[0])

@@ -233,50 +233,64 @@ def scale_planes_16_bits(matrix: Tensor, factor: Tensor, begin: int, end: int) -
         assert plane.size(1) == positions  # As above.
 
 
-def logarithms(margin: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """log p and log q of margins (N,) that are not nan, `step` rows at a time, whose numbers stay in the cache."""
-    log_p, log_q = torch.empty_like(margin), torch.empty_like(margin)
-    for first in range(0, margin.size(0), step):
+def logarithms(margin: Tensor, log_p: Tensor, log_q: Tensor, step: int, begin: int, end: int) -> None:
+    """Fill log p and log q from margins (N,) that are not nan, in steps `begin` to `end` of `step` rows."""
+    for number in range(begin, end):
+        first = number * step
         count = min(step, margin.size(0) - first)
-        margins, q = margin.narrow(0, first, count), log_q.narrow(0, first, count)
+        margins, p, q = margin.narrow(0, first, count), log_p.narrow(0, first, count), log_q.narrow(0, first, count)
         # The larger of the two; the other is further off by the margin.
         torch.abs(margins, out=q).neg_().exp_().log1p_().neg_()
-        torch.clamp(margins, max=0.0, out=log_p.narrow(0, first, count)).add_(q)
+        torch.clamp(margins, max=0.0, out=p).add_(q)
         q.sub_(margins.clamp(min=0.0))
-    return log_p, log_q
 
 
 def weigh(
     log_weight: Tensor,
     log_q: Tensor,
     value: Tensor,
-    eps: Tensor | None,
+    row_weight: Tensor | None,
+    eps: float,
     top: Tensor,
     absolute: bool,
     has_loss: bool,
     coefficient: Tensor,
+    sums: Tensor,
     step: int,
-) -> tuple[Tensor, Tensor]:
-    """Sums of the weights and of the values, fp64, and `coefficient` (N,), for rows with c = 1 whose numbers are finite.
+    begin: int,
+    end: int,
+) -> None:
+    """Fill `coefficient` (N,) and `sums` (2, steps), fp64, of weights and values, for rows whose numbers are finite.
 
     The weights are relative to exp(`top`), and so are values and coefficients unless `absolute`; values are f(p) where the EDF
-    `has_loss`, else w times `value`. `eps` is None for 0.
+    `has_loss`, else w times `value`. A `row_weight` of None is 1.
     """
-    weights, values = log_weight.new_zeros([], dtype=torch.float64), log_weight.new_zeros([], dtype=torch.float64)
-    for first in range(0, log_weight.size(0), step):
+    for number in range(begin, end):
+        first = number * step
         count = min(step, log_weight.size(0) - first)
-        log_w, of_rows = log_weight.narrow(0, first, count), value.narrow(0, first, count)
+        log_w, values = log_weight.narrow(0, first, count), value.narrow(0, first, count)
+        total = sums.narrow(1, number, 1)
+        c: Tensor | None = None
+        if row_weight is not None:
+            c = row_weight.narrow(0, first, count)
         weight = torch.sub(log_w, top, out=coefficient.narrow(0, first, count)).exp_()
-        weights += weight.sum(dtype=torch.float64)
+        if c is not None:
+            weight.mul_(c)
+        torch.sum(weight, [0], keepdim=True, dtype=torch.float64, out=total[0])
         if absolute:
             torch.exp(log_w, out=weight)
-        values += (of_rows if has_loss else weight * of_rows).sum(dtype=torch.float64)
-        if eps is None:
+            if c is not None:
+                weight.mul_(c)
+        if not has_loss:
+            values = weight * values
+        elif c is not None:
+            values = c * values
+        torch.sum(values, [0], keepdim=True, dtype=torch.float64, out=total[1])
+        if eps == 0.0:
             weight.mul_(0.5)
         else:
             q = log_q.narrow(0, first, count).exp()
-            weight.mul_(q.div_(torch.add(eps, q, alpha=2)))
-    return weights, values
+            weight.mul_(torch.div(q, q.mul(2.0).add_(eps)))
 
 
 class Walks(NamedTuple):
@@ -286,8 +300,8 @@ class Walks(NamedTuple):
     scale: Callable[..., None]
     scale_16_bits: Callable[..., None]
     scale_planes_16_bits: Callable[..., None]
-    logarithms: Callable[..., tuple[Tensor, Tensor]]
-    weigh: Callable[..., tuple[Tensor, Tensor]]
+    logarithms: Callable[..., None]
+    weigh: Callable[..., None]
     run_by: str
 
 

@@ -291,6 +291,137 @@ class TestParts:
         assert one == several
 
 
+@pytest.mark.usefixtures("small_blocks", "two_threads")
+class TestRowsThatDoNotCount:
+    """Beside them, rows of finite numbers go the short way."""
+
+    @pytest.fixture(autouse=True)
+    def short_way(self, monkeypatch):
+        """What the short way has taken; every test says which it goes."""
+        taken: list[bool] = []
+        counted = _cpu.counted
+
+        def noted(*args):
+            found = counted(*args)
+            taken.append(found is not None)
+            return found
+
+        monkeypatch.setattr(_cpu, "counted", noted)
+        return taken
+
+    def batch(self, dtype=torch.float32, labels_logit=0.0):
+        """The first rows, more than a step of them, do not count, nor do some others."""
+        logits, target = make(200, 40, torch.float64, margins=3.0)
+        target[:50], target[60::7] = -100, -100
+        logits.scatter_add_(1, target.clamp(min=0)[:, None], torch.full((200, 1), labels_logit, dtype=torch.float64))
+        return Batch(logits.to(dtype), target)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum"])
+    @pytest.mark.parametrize("emphasis", [DM, edf.GCE(q=0.7), edf.Focal(gamma=2)], ids=str)
+    def test_ignored_and_weighted(self, dtype, reduction, emphasis, short_way):
+        batch = self.batch(dtype)
+        generator = torch.Generator().manual_seed(1)
+        class_weight, sample_weight = (torch.rand(size, generator=generator) + 0.1 for size in (40, 200))
+        class_weight[3], sample_weight[55], sample_weight[150:160] = 0, 0, -0.2
+        for given in ({}, {"weight": class_weight}, {"weight": class_weight, "sample_weight": sample_weight}):
+            options = {"reduction": reduction, "normalizer": 7.0 if reduction == "sum" else None, **given}
+            check(*run("cpu", *batch, emphasis, **options), expected(*batch, emphasis, **options))
+        assert short_way == [True] * 3
+
+    @pytest.mark.parametrize("how", ["ignored", "sample_weight", "weight", "negative"])
+    def test_they_would_weigh_most(self, how, short_way):
+        """Those that count have p near 0 or 1, where w is exp(-100) of that elsewhere and less."""
+        emphasis, (logits, target) = edf.DM(beta=400, lambd=1), self.batch()
+        dead = target == -100
+        target = target.clamp(min=0)
+        logits[~dead] = logits[~dead].scatter_add(1, target[~dead, None], torch.full((int((~dead).sum()), 1), 12.0))
+        sample_weight = torch.where(dead, 0.0, -1.5 if how == "negative" else 1.5)
+        options = {"sample_weight": sample_weight}
+        if how == "ignored":
+            target, options = torch.where(dead, -100, target), {}
+        elif how == "weight":
+            weight = torch.ones(40)
+            weight[:3], target[dead] = 0, 1
+            target, options = torch.where(~dead & (target < 3), 7, target), {"weight": weight}
+        check(*run("cpu", logits, target, emphasis, **options), expected(logits, target, emphasis, **options))
+        assert short_way == [True]
+
+    @pytest.mark.parametrize("weights", [1e-40, 1e-9, 3e7, 1e38])
+    def test_weights_far_from_1_go_the_long_way(self, weights, short_way):
+        batch, options = self.batch(), {"sample_weight": torch.linspace(0.1, 1, 200) * weights}
+        check(*run("cpu", *batch, DM, **options), expected(*batch, DM, **options))
+        assert short_way == [False]
+
+    def test_nan_and_infinity_among_those_that_count_go_the_long_way(self, short_way):
+        for special in (torch.nan, torch.inf, -torch.inf):
+            batch = self.batch()
+            batch.logits[59, batch.target[59]] = special
+            check(*run("cpu", *batch, DM), expected(*batch, DM))
+        assert short_way == [False] * 3
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"logit_scale": 2.0}], ids=str)
+    def test_their_nan_and_infinity_go_nowhere(self, dtype, options, short_way):
+        known = run("cpu", *self.batch(dtype), DM, **options)
+        # Class 0 is the one that stands for the label of an ignored row.
+        for row, where in enumerate([0, slice(0, 40), 7, slice(1, 40)]):
+            for special in (torch.nan, torch.inf, -torch.inf):
+                batch = self.batch(dtype)
+                batch.logits[row, where] = special
+                output, dlogits = run("cpu", *batch, DM, **options)
+                assert torch.equal(output.loss, known[0].loss)
+                assert torch.equal(dlogits, known[1])
+        assert short_way == [True] * 13
+
+    def test_no_row_counts(self, short_way):
+        logits, labels = self.batch()
+        for target, options in ((torch.full((200,), -100), {}), (labels.clamp(min=0), {"sample_weight": torch.zeros(200)})):
+            output, dlogits = run("cpu", logits, target, DM, **options)
+            check(output, dlogits, expected(logits, target, DM, **options))
+            assert not dlogits.any()
+        assert short_way == [False] * 2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_same_bits_for_any_number_of_threads(self, dtype, short_way):
+        batch, sample_weight, found = self.batch(dtype), torch.linspace(0.1, 2, 200), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output, dlogits = run("cpu", *batch, DM, sample_weight=sample_weight)
+            found.append((*output[:4], dlogits))
+        for other in found[1:]:
+            for value, known in zip(other, found[0], strict=True):
+                torch.testing.assert_close(value, known, rtol=0, atol=0, equal_nan=True)
+        assert short_way == [True] * 3
+
+
+def test_every_thread_has_a_part_and_the_last_parts_are_small():
+    for blocks in (1, 2, 3, 7, 32, 33, 500):
+        for threads in (1, 2, 3, 8):
+            parts = _cpu._parts(blocks, threads)
+            assert [0, *(end for _, end in parts)] == [*(begin for begin, _ in parts), blocks]
+            assert len(parts) >= min(blocks, threads)
+            sizes = [end - begin for begin, end in parts]
+            assert sizes == sorted(sizes, reverse=True)
+            assert sizes[-1] <= _cpu.PART_BLOCKS
+
+
+def test_many_rows_are_spread_over_the_threads_and_leave_them_as_they_were(two_threads):
+    with _cpu.calm():
+        assert torch.get_num_threads() == 1
+        with _cpu.many(_cpu.MANY_ROWS - 1):
+            assert torch.get_num_threads() == 1
+        with _cpu.many(_cpu.MANY_ROWS):
+            assert torch.get_num_threads() == 2
+        with _cpu.calm():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    # Elsewhere they are.
+    with _cpu.many(_cpu.MANY_ROWS):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e30, 1e37])
 def test_a_small_coefficient_and_a_large_upstream_gradient(dtype, size):
