@@ -7,6 +7,9 @@ to the system after every step, so that much of the time is page faults; or the 
 buffers have less than 32 MiB, chance decides when a process starts whether its heap keeps them, so that the steps of several
 processes are pooled. Peak memory is what a step adds to the resident set, less the gradient.
 
+The small shapes are also timed as losses are often called: with ignored rows, class weights or weights of the examples. There
+cross entropy gets the same labels and class weights, and for want of weights of the examples an average in torch.
+
 `--sweep` times fused_dm alone over block sizes instead.
 """
 
@@ -27,6 +30,8 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 1000), (8, 21, 256, 256), (1024, 32000), (512, 128256), (32, 1000000)]
 DTYPES = ["float32", "bfloat16"]
 ALLOCATORS = {"default": {}, "warm heap": {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}}
+# Whatever is of the order of the rows weighs most where there are few classes.
+CALLS = ["2 % ignored", "class weights", "example weights"]
 BLOCKS = [1 << power for power in range(15, 23)]
 
 
@@ -42,20 +47,33 @@ def batch(shape: tuple[int, ...], dtype: str):
     return logits.to(getattr(torch, dtype)), target
 
 
-def steps(logits, target) -> dict[str, Callable[[], None]]:
+def steps(logits, target, call: str = "plain") -> dict[str, Callable[[], None]]:
     import torch
 
     from fused_dm import dm_loss, edf
 
     emphasis = edf.DM(beta=8, lambd=0.5)
+    generator = torch.Generator().manual_seed(1)
+    weight = sample_weight = None
+    if call == "2 % ignored":
+        target = torch.where(torch.rand(target.shape, generator=generator) < 0.02, -100, target)
+    elif call == "class weights":
+        weight = (torch.rand(logits.shape[1], generator=generator) + 0.5).to(logits.dtype)
+    elif call == "example weights":
+        sample_weight = torch.rand(target.shape, generator=generator) + 0.5
 
     def ours():
         leaf = logits.detach().requires_grad_()
-        dm_loss(leaf, target, emphasis).backward()
+        dm_loss(leaf, target, emphasis, weight=weight, sample_weight=sample_weight).backward()
 
     def theirs():
         leaf = logits.detach().requires_grad_()
-        torch.nn.functional.cross_entropy(leaf, target).backward()
+        if sample_weight is None:
+            loss = torch.nn.functional.cross_entropy(leaf, target, weight=weight)
+        else:
+            by_row = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+            loss = (by_row * sample_weight).sum() / sample_weight.sum()
+        loss.backward()
 
     return {"ours": ours, "theirs": theirs}
 
@@ -66,11 +84,11 @@ def _seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def time_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int) -> dict:
+def time_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int, call: str = "plain") -> dict:
     import torch
 
     torch.set_num_threads(threads)
-    both = steps(*batch(shape, dtype))
+    both = steps(*batch(shape, dtype), call)
     if math.prod(shape) < 1 << 24:
         repeats *= 4
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -83,6 +101,7 @@ def time_case(shape: tuple[int, ...], dtype: str, threads: int, repeats: int) ->
         "shape": shape,
         "dtype": dtype,
         "threads": threads,
+        "call": call,
         "seconds": seconds,
         "load_average": round(os.getloadavg()[0], 1),
     }
@@ -170,8 +189,16 @@ def _name(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
+def _cells(row: dict) -> list[str]:
+    quartiles = " - ".join(map(str, row["ratio_quartiles"]))
+    return [
+        str(cell)
+        for cell in (row["threads"], _name(row["shape"]), row["dtype"], *row["median_ms"].values(), row["ratio"], quartiles)
+    ]
+
+
 def table(found: dict) -> str:
-    loads = [row["load_average"] for rows in found["time"].values() for row in rows]
+    loads = [row["load_average"] for rows in (*found["time"].values(), found["calls"]) for row in rows]
     lines = [
         f"torch {found['torch']}, {found['processor']}, {found['cores']} cores, {found['date']}; `{found['command']}`. "
         f"Load average while it ran: {min(loads)} to {max(loads)}"
@@ -182,9 +209,14 @@ def table(found: dict) -> str:
     ]
     for allocator, rows in found["time"].items():
         for row in rows:
-            cells = [allocator, row["threads"], _name(row["shape"]), row["dtype"], *row["median_ms"].values()]
-            cells += [row["ratio"], " - ".join(map(str, row["ratio_quartiles"]))]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            lines.append(f"| {allocator} | {' | '.join(_cells(row))} |")
+    lines += [
+        "",
+        "| call | threads | shape | dtype | fused_dm, ms | cross entropy, ms | ratio | its quartiles |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["calls"]:
+        lines.append(f"| {row['call']} | {' | '.join(_cells(row))} |")
     lines += ["", "| shape | dtype | gradient, MiB | peak beyond it, MiB |", "|---|---|---|---|"]
     for row in found["memory"]:
         beyond = round(row["peak_extra_mib"] - row["gradient_mib"], 1)
@@ -237,6 +269,7 @@ def main() -> None:
         "command": f"python -m bench.cpu {how}",
         "repeats": arguments.repeats,
         "time": {},
+        "calls": [],
         "memory": [],
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -245,6 +278,9 @@ def main() -> None:
     def save() -> None:
         (arguments.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (arguments.output / f"{name}.md").write_text(sweep_table(found) if arguments.sweep else table(found))
+
+    def time_in_processes(case: dict, environment: dict[str, str]) -> dict:
+        return pooled([_in_a_process("time", case, environment) for _ in range(arguments.processes)])
 
     if arguments.sweep:
         found["sweep"] = []
@@ -255,9 +291,12 @@ def main() -> None:
         for allocator, environment in ALLOCATORS.items():
             found["time"][allocator] = []
             for case in timed:
-                timings = [_in_a_process("time", case, environment) for _ in range(arguments.processes)]
-                found["time"][allocator].append(pooled(timings))
+                found["time"][allocator].append(time_in_processes(case, environment))
                 save()
+        few = [case for case in timed if case["shape"] in SHAPES[:2] and case["threads"] == max(arguments.threads)]
+        for case in ({**case, "call": call} for call in CALLS for case in few):
+            found["calls"].append(time_in_processes(case, {}))
+            save()
         found["memory"] = [_in_a_process("memory", case) for case in cases]
         save()
     print((arguments.output / f"{name}.md").read_text())

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
@@ -36,10 +36,10 @@ WIDE_BLOCK_ELEMENTS = 1 << 20
 PIECE_ROWS = 1 << 17
 # Rows that go through several torch calls at a time: their temporaries stay in a core's cache.
 STEP_ROWS = 1 << 15
-# Rows from which a torch call on a number of each is spread over the threads; torch gives each 2^15 at least.
+# Rows from which a torch call on a number of each is spread over the threads; torch gives each 2^15 at least. Where a thread's
+# begin and end with a vector, they are rounded as those of a single one are.
 MANY_ROWS = 1 << 16
-# The largest weight of a batch is in this range; then what a product with one loses, it would lose beside the largest.
-ORDINARY_WEIGHT = (1e-6, 1e6)
+VECTOR = 64
 # Bytes from which a gradient asks for its memory.
 HUGE_BYTES = 1 << 22
 HUGE_PAGE = 1 << 21
@@ -112,47 +112,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_a_fork)
 
 
-class _Thread(threading.local):
-    """What a thread knows of itself: how often it has become calm, and how many threads it and MKL used before."""
-
-    depth = 0
-    threads = 0
-    mkl_threads = 0
-
-
-_this_thread = _Thread()
+# `threads`, on a thread that is calm: how many it would have used.
+_local = threading.local()
 
 
 def _threads() -> int:
-    return 1 if _forked else _this_thread.threads or torch.get_num_threads()
+    return 1 if _forked else getattr(_local, "threads", None) or torch.get_num_threads()
 
 
-class calm(ContextDecorator):
-    """Torch calls of this thread start no others, for which they would wait at the end of every exp of 2048 numbers or more.
-
-    A class, as a generator costs three times as much, several times a step.
-    """
-
-    def __enter__(self) -> None:
-        this = _this_thread
-        this.depth += 1
-        runtime = _runtime()
-        if this.depth > 1 or runtime is None:
-            return
-        # The first call gives a new thread the process's number, which would otherwise replace ours later.
-        this.threads = torch.get_num_threads()
-        runtime.set_threads(1)
-        this.mkl_threads = runtime.set_mkl_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        this = _this_thread
-        this.depth -= 1
-        runtime = _runtime()
-        if this.depth or runtime is None:
-            return
-        runtime.set_threads(this.threads)
-        runtime.set_mkl_threads(this.mkl_threads)
-        this.threads = 0
+@contextmanager
+def calm() -> Iterator[None]:
+    """Torch calls of this thread start no others, for which they would wait at the end of every exp of 2048 numbers or more."""
+    runtime = _runtime()
+    if runtime is None or getattr(_local, "threads", None):
+        yield
+        return
+    # The first call gives a new thread the process's number, which would otherwise replace ours later.
+    before = torch.get_num_threads()
+    runtime.set_threads(1)
+    mkl = runtime.set_mkl_threads(1)
+    _local.threads = before
+    try:
+        yield
+    finally:
+        _local.threads = None
+        runtime.set_threads(before)
+        runtime.set_mkl_threads(mkl)
 
 
 @contextmanager
@@ -277,8 +262,13 @@ def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
 
 
 def many(rows: int) -> AbstractContextManager[None]:
-    """Torch calls on numbers of that many rows are spread over the threads, which are not worth waking for fewer."""
-    return _spread(_threads()) if rows >= MANY_ROWS and _this_thread.threads else nullcontext()
+    """Torch calls on numbers of that many rows are spread over the threads, which are not worth waking for fewer.
+
+    That changes no bit of what is computed number by number, but sums.
+    """
+    if rows < MANY_ROWS or getattr(_local, "threads", None) is None or rows % (VECTOR * _threads()):
+        return nullcontext()
+    return _spread(_threads())
 
 
 # ---- What a look at a tensor tells, which on a GPU would stop the host
@@ -311,32 +301,38 @@ def is_below(number: Tensor, limit: float) -> bool:
 # ---- Numbers of the rows
 
 
-def counted(
-    margin: Tensor, moderate: bool, weight: Tensor | None, target: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor | None] | None:
-    """Margins and weights (N,) of rows of which all that count have finite numbers, or None.
+class Counted(NamedTuple):
+    """Rows of which all that count have finite numbers; the others have the margin and the log |c| of one that counts."""
 
-    The weights are None for 1, and 0 for rows that do not count; these have the margin of one that does. `moderate` tells that
-    all of the margins are.
-    """
+    margin: Tensor  # (N,)
+    sign: Tensor | None  # of c, (N,), 0 for rows that do not count; None where it is 1
+    log_size: Tensor | None  # log |c|, (N,); None where it is 0
+
+
+def counted(margin: Tensor, moderate: bool, weight: Tensor | None, target: Tensor, ignore_index: int) -> Counted | None:
+    """Margins and weights c (N,), None for 1, as `Counted`, if they are. `moderate` tells that all of the margins are."""
     dead: Tensor | None = None
+    sign, size = None, weight
     if weight is not None:
         least, most = map(float, weight.aminmax())
-        if not ORDINARY_WEIGHT[0] <= max(-least, most) <= ORDINARY_WEIGHT[1]:
+        if not (math.isfinite(least) and math.isfinite(most)):
             return None
+        if least < 0:
+            sign, size = weight.sign(), weight.abs()
         if least <= 0 <= most:
             dead = weight == 0
     elif not moderate:
         # The margin of an ignored row is nan.
         dead = target == ignore_index
-        weight = (~dead).to(margin.dtype)
     if dead is not None:
         some = _first_that_counts(dead)
         if some is None:
             return None
         margin = torch.where(dead, margin[some], margin)
         moderate = are_moderate(margin)
-    return (margin, weight) if moderate else None
+        size = None if size is None else torch.where(dead, size[some], size)
+        sign = (~dead).to(margin.dtype) if sign is None else sign
+    return Counted(margin, sign, None if size is None else size.log()) if moderate else None
 
 
 def _first_that_counts(dead: Tensor) -> int | None:
@@ -374,6 +370,7 @@ def weigh(
     log_weight: Tensor,
     log_q: Tensor,
     value: Tensor,
+    sign: Tensor | None,
     row_weight: Tensor | None,
     eps: float,
     top: Tensor,
@@ -386,7 +383,7 @@ def weigh(
     """
     coefficient = torch.empty_like(log_weight)
     sums = log_weight.new_empty((2, -(-len(log_weight) // STEP_ROWS)), dtype=torch.float64)
-    given = (log_weight, log_q, value, row_weight, eps, top, absolute, has_loss, coefficient, sums, STEP_ROWS)
+    given = (log_weight, log_q, value, sign, row_weight, eps, top, absolute, has_loss, coefficient, sums, STEP_ROWS)
     _by_steps(len(log_weight), lambda begin, end: walks().weigh(*given, begin, end))
     weights, values = sums.sum(1).unbind()
     return weights, values, coefficient
@@ -596,8 +593,8 @@ def undivided_direction(
     """Margins, leads and norms (N,), and the gradient for k = norm: exp(z_j - m), and -norm for the label, times the slope.
 
     m is the maximum, or 0 in blocks that need none subtracted. The norm is the sum of exp(z_j - m), but 1/2 where no other
-    class has a finite logit, whose gradient is 0, and infinite for a row of nan. With a transform it is 1 in place of the sum:
-    its slope, times a large sum, could be infinite. `out` may be the logits themselves.
+    class has a finite logit, whose gradient is 0, and infinite for a row of nan. With a transform it is 1 throughout: its
+    slope, times a large sum, could be infinite. `out` may be the logits themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
     out, populate = _new_gradient(logits) if out is None else (out, None)
@@ -609,8 +606,7 @@ def undivided_direction(
     margins, leads = walk.margins()
     with many(len(margins)):
         if transform is not None:
-            # The slope at a label's logit that is nan is nan too.
-            norms = torch.where((norms + walk.label_logit).isnan(), math.inf, 1.0).to(norms.dtype)
+            norms.fill_(1.0)
         elif not math.isfinite(norms.clamp_(min=0.5).sum()):
             norms.nan_to_num_(nan=math.inf)
     return margins, leads, norms, out

@@ -27,6 +27,7 @@ from ._rows import (
     row_values,
     row_weight,
 )
+from .edf._forms import CATALOGUE
 
 # Logits whose gradient may be written in the forward pass and is then used up by the backward. fp16 has not the range for a
 # gradient before its scale is known; fp64 is for checking, which runs a backward more than once.
@@ -218,8 +219,12 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
         # The margin of an ignored row is nan, and a label that is no class has been refused.
         moderate = eager and _cpu.are_moderate(margin)
         weight = row_weights(problem, all_valid=moderate)
-        normalizer = _normalizer(problem, weight)
-        ordinary = _ordinary_part(problem, margin, moderate, weight, normalizer, keep_weights) if eager else None
+    normalizer = _normalizer(problem, weight)
+    ordinary = None
+    # A function of the user's may change what it is given, which is used again there.
+    if eager and emphasis.family in CATALOGUE:
+        with _cpu.many(len(margin)):
+            ordinary = _ordinary_part(problem, margin, moderate, weight, normalizer, keep_weights)
     if ordinary:
         parts = [ordinary]
     else:
@@ -266,24 +271,23 @@ def _ordinary_part(
     counted = _cpu.counted(margin, moderate, weight, problem.target, problem.ignore_index)
     if counted is None:
         return None
-    margin, weight = counted
     eps, *params = _cpu.numbers(emphasis.params)
-    log_p, log_q = _cpu.logarithms(margin)
+    log_p, log_q = _cpu.logarithms(counted.margin)
     log_w = emphasis.log_weight(log_p, log_q, *params)
     value = -log_p if emphasis.loss is None else emphasis.loss(log_p, log_q, *params)
-    if log_w.shape != margin.shape or value.shape != margin.shape:
-        return None
+    if counted.log_size is not None:
+        log_w = log_w + counted.log_size
     top = log_w.amax().clamp(min=LOG_FLOOR)
     if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
         return None
-    options = (top, normalizer is not None, emphasis.loss is not None)
-    weights, values, coefficient = _cpu.weigh(log_w, log_q, value, weight, _cpu.rounded(eps, margin.dtype), *options)
-    kept = None
-    if keep_weights and weight is None:
-        kept = Weights(log_w, margin.new_ones(()).expand_as(margin))
-    elif keep_weights and weight is not None:
-        kept = Weights(log_w + weight.abs().log(), weight.sign())
-    return _Part(kept, top, weights, values, coefficient)
+    row_weight = counted.sign if weight is None else weight
+    options = (_cpu.rounded(eps, margin.dtype), top, normalizer is not None, emphasis.loss is not None)
+    weights, values, coefficient = _cpu.weigh(log_w, log_q, value, counted.sign, row_weight, *options)
+    # An infinite value of the row whose margin the others have been given is nan times 0.
+    if not _cpu.is_below(values, math.inf):
+        return None
+    sign = margin.new_ones(()).expand_as(margin) if counted.sign is None else counted.sign
+    return _Part(Weights(log_w, sign) if keep_weights else None, top, weights, values, coefficient)
 
 
 def _any_part(
@@ -341,7 +345,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     found = of_margins(problem, margin, keep_weights=problem.return_output)
     loss, coefficient = found.loss, coefficients_of(found, margin.dtype)
     if keep:
-        loss = _operators.attach_direction(logits, loss, direction, coefficient, norm)
+        loss = _operators.attach_direction(logits, loss, direction, coefficient, norm, transform is None)
     elif problem.inplace:
         taken = _operators.take(logits)
         loss = _operators.attach_overwriting(taken, loss, target, statistics, coefficient, ignore_index, impl, transform)

@@ -290,9 +290,12 @@ def _(logits, target, ignore_index, transform=None):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
 
 
-@operator("fused_dm::scale_rows3_", mutates_args=["matrix"])
-def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> None:
-    """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place."""
+@operator("fused_dm::scale_rows4_", mutates_args=["matrix"])
+def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor, shows: bool) -> None:
+    """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place.
+
+    Its norm `shows` whether a row is finite, or does not.
+    """
     # A forked child would wait for threads that it has not, were there a call outside.
     with _cpu.calm():
         finite = dvalue.dim() == 0 and math.isfinite(dvalue)
@@ -303,45 +306,51 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
         with _cpu.many(len(norm)):
             # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
             factor = coefficient / norm
-            finite = math.isfinite(norm.sum())
-        _cpu.scale_rows_(matrix, factor, finite)
+            shows = shows and math.isfinite(norm.sum())
+        _cpu.scale_rows_(matrix, factor, finite=shows)
 
 
-@operator("fused_dm::scaled_rows")
-def scaled_rows(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor) -> Tensor:
+@operator("fused_dm::scaled_rows2")
+def scaled_rows(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor, shows: bool) -> Tensor:
     """What `scale_rows_` makes of a copy of `matrix`."""
     scaled = matrix.clone()
-    scale_rows_(scaled, coefficient, norm, dvalue)
+    scale_rows_(scaled, coefficient, norm, dvalue, shows)
     return scaled
 
 
 @scaled_rows.register_fake
-def _(matrix, coefficient, norm, dvalue):
+def _(matrix, coefficient, norm, dvalue, shows):
     return torch.empty_like(matrix)
 
 
-@operator("fused_dm::attach_direction2", returns="value")
-def attach_direction(logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor, norm: Tensor) -> Tensor:
-    """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`."""
+@operator("fused_dm::attach_direction3", returns="value")
+def attach_direction(
+    logits: Tensor, value: Tensor, direction: Tensor, coefficient: Tensor, norm: Tensor, shows: bool
+) -> Tensor:
+    """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`.
+
+    The norm `shows` whether a row of the direction is finite, or does not.
+    """
     return value.clone()
 
 
 @attach_direction.register_fake
-def _(logits, value, direction, coefficient, norm):
+def _(logits, value, direction, coefficient, norm, shows):
     return torch.empty_like(value)
 
 
 def _attach_direction_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[2:])
+    *tensors, ctx.shows = inputs[2:]
+    ctx.save_for_backward(*tensors)
 
 
 def _attach_direction_backward(ctx, dvalue):
     if is_batch(dvalue):
-        return scaled_rows(*ctx.saved_tensors, dvalue), None, None, None, None
+        return scaled_rows(*ctx.saved_tensors, dvalue, ctx.shows), None, None, None, None, None
     _only_once(ctx, dvalue)
     direction, coefficient, norm = ctx.saved_tensors
-    scale_rows_(direction, coefficient, norm, dvalue)
-    return direction, None, None, None, None
+    scale_rows_(direction, coefficient, norm, dvalue, ctx.shows)
+    return direction, None, None, None, None, None
 
 
 attach_direction.register_autograd(_attach_direction_backward, setup_context=_attach_direction_setup)

@@ -249,6 +249,7 @@ def weigh(
     log_weight: Tensor,
     log_q: Tensor,
     value: Tensor,
+    sign: Tensor | None,
     row_weight: Tensor | None,
     eps: float,
     top: Tensor,
@@ -262,29 +263,29 @@ def weigh(
 ) -> None:
     """Fill `coefficient` (N,) and `sums` (2, steps), fp64, of weights and values, for rows whose numbers are finite.
 
-    The weights are relative to exp(`top`), and so are values and coefficients unless `absolute`; values are f(p) where the EDF
-    `has_loss`, else w times `value`. A `row_weight` of None is 1.
+    The weights are relative to exp(`top`), and so are values and coefficients unless `absolute`. The values are f(p) times
+    `row_weight` where the EDF `has_loss`, else the weight times `value`. A `sign` and a `row_weight` of None are 1.
     """
     for number in range(begin, end):
         first = number * step
         count = min(step, log_weight.size(0) - first)
         log_w, values = log_weight.narrow(0, first, count), value.narrow(0, first, count)
         total = sums.narrow(1, number, 1)
-        c: Tensor | None = None
-        if row_weight is not None:
-            c = row_weight.narrow(0, first, count)
+        signs: Tensor | None = None
+        if sign is not None:
+            signs = sign.narrow(0, first, count)
         weight = torch.sub(log_w, top, out=coefficient.narrow(0, first, count)).exp_()
-        if c is not None:
-            weight.mul_(c)
+        if signs is not None:
+            weight.mul_(signs)
         torch.sum(weight, [0], keepdim=True, dtype=torch.float64, out=total[0])
         if absolute:
             torch.exp(log_w, out=weight)
-            if c is not None:
-                weight.mul_(c)
+            if signs is not None:
+                weight.mul_(signs)
         if not has_loss:
             values = weight * values
-        elif c is not None:
-            values = c * values
+        elif row_weight is not None:
+            values = row_weight.narrow(0, first, count) * values
         torch.sum(values, [0], keepdim=True, dtype=torch.float64, out=total[1])
         if eps == 0.0:
             weight.mul_(0.5)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -128,9 +129,10 @@ class TestStudy:
 
 class TestCPU:
     def test_a_case_of_each_part(self):
-        for shape in [(64, 50), (2, 5, 8, 8)]:
-            row = cpu.pooled([cpu.time_case(shape, "bfloat16", 1, 1) for _ in range(2)])
+        for shape, call in itertools.product([(64, 50), (2, 5, 8, 8)], ["plain", *cpu.CALLS]):
+            row = cpu.pooled([cpu.time_case(shape, "bfloat16", 1, 1, call) for _ in range(2)])
             assert [len(found[name]) for found in row["seconds"] for name in ("ours", "theirs")] == [4] * 4
+            assert row["call"] == call
             assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
         assert cpu.memory_case((64, 50), "float32")["gradient_mib"] == round(64 * 50 * 4 / 2**20, 1)
 

@@ -18,6 +18,28 @@ from fused_dm import _cpu, _walk, dm_loss, edf, margin
 DM = edf.DM(beta=8, lambd=0.5)
 
 
+class NoDeviceForm:
+    """In the place of a kernel's function, which a CPU does not need."""
+
+    fn = staticmethod(lambda log_p, log_q, params_ptr: None)
+    arg_names = ("log_p", "log_q", "params_ptr")
+
+
+@edf.register(triton=NoDeviceForm)
+def changes_its_arguments(log_p, log_q):
+    return log_p.mul_(10).add_(log_q)
+
+
+@edf.register(triton=NoDeviceForm)
+def steps_of_integers(log_p, log_q):
+    return torch.where(log_p > -1, 3, 1)
+
+
+@edf.register(triton=NoDeviceForm)
+def steps_in_fp32(log_p, log_q):
+    return torch.where(log_p > -1, 3.0, 1.0)
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
@@ -348,10 +370,41 @@ class TestRowsThatDoNotCount:
         assert short_way == [True]
 
     @pytest.mark.parametrize("weights", [1e-40, 1e-9, 3e7, 1e38])
-    def test_weights_far_from_1_go_the_long_way(self, weights, short_way):
+    def test_weights_far_from_1(self, weights, short_way):
         batch, options = self.batch(), {"sample_weight": torch.linspace(0.1, 1, 200) * weights}
         check(*run("cpu", *batch, DM, **options), expected(*batch, DM, **options))
-        assert short_way == [False]
+        assert short_way == [True]
+
+    @pytest.mark.parametrize(
+        ("margins", "emphasis", "weights", "options"),
+        [
+            ([0, 1], edf.DM(beta=316, lambd=1), [1e6, 1], {"reduction": "sum", "normalizer": 1e10}),
+            ([0, -20], edf.DM(beta=404, lambd=1), [1e-38, 1e6], {}),
+            ([0, -20], edf.DM(beta=440, lambd=1), [1e-45, 1e6], {}),
+            ([0, -20], edf.DM(beta=400, lambd=1), [1e-30, 1], {}),
+            ([0, -20], edf.DM(beta=400, lambd=1), [0, 1], {}),
+            ([0, 0, -20], edf.DM(beta=400, lambd=1), [0, 1e-30, -1], {}),
+            ([-102, -101.5], edf.MAE(), [1e6, 1e6], {"reduction": "sum"}),
+            ([-102, -101.5], edf.CCE(), [1e6, -1e6], {"reduction": "sum"}),
+        ],
+    )
+    def test_a_weight_and_an_emphasis_that_are_out_of_range_without_the_other(self, margins, emphasis, weights, options):
+        logits = torch.tensor([[float(margin), 0.0] for margin in margins])
+        target, upstream = torch.zeros(len(margins), dtype=torch.int64), torch.tensor(1e30 if margins[0] < -100 else 1.0)
+        options = {**options, "sample_weight": torch.tensor(weights, dtype=torch.float64).float()}
+        truth = expected(logits, target, emphasis, upstream, **options)
+        check(*run("cpu", logits, target, emphasis, upstream, **options), truth)
+
+    @pytest.mark.parametrize("emphasis", [edf.SCE(1e38, 1, 1), edf.SCE(0.1, 1e20, 1e19)], ids=str)
+    @pytest.mark.parametrize("ignored", [True, False])
+    def test_an_infinite_value_beside_them(self, emphasis, ignored):
+        logits, target, options = torch.tensor([[-50.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0]), {}
+        if ignored:
+            target[1] = -100
+        else:
+            options = {"sample_weight": torch.tensor([1.0, 0.0])}
+        loss = dm_loss(logits, target, emphasis, **options)
+        assert loss == torch.inf
 
     def test_nan_and_infinity_among_those_that_count_go_the_long_way(self, short_way):
         for special in (torch.nan, torch.inf, -torch.inf):
@@ -395,6 +448,45 @@ class TestRowsThatDoNotCount:
         assert short_way == [True] * 3
 
 
+@pytest.mark.parametrize("rows", [(1 << 16) + 1, 70001, 3 << 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("emphasis", [DM, edf.Focal(gamma=2)], ids=str)
+def test_same_bits_for_any_number_of_threads_and_many_rows(rows, dtype, emphasis, two_threads):
+    """Torch rounds a number otherwise in a whole vector than in what is left over, and a sum by who adds what."""
+    logits, target = torch.randn(rows, 4, dtype=dtype), torch.randint(4, (rows,))
+    target[::5] = -100
+    sample_weight = torch.rand(rows, dtype=dtype) - 0.4
+    for options in ({}, {"reduction": "mean", "sample_weight": sample_weight}):
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output, dlogits = run("cpu", logits, target, emphasis, **options)
+            found.append((*output, dlogits))
+        for other in found[1:]:
+            for value, known in zip(other, found[0], strict=True):
+                torch.testing.assert_close(value, known, rtol=0, atol=0, equal_nan=True)
+
+
+class TestRegisteredEDFs:
+    """A function of the user's with a fused form is no part of the catalogue."""
+
+    def batch(self, dtype=torch.float32):
+        logits, target = make(50, 20, dtype)
+        target[::7] = -100
+        return logits, target
+
+    def test_it_may_change_what_it_is_given(self):
+        for batch in (self.batch(), make(50, 20)):
+            output, dlogits = run("cpu", *batch, changes_its_arguments())
+            check(output, dlogits, expected(*batch, lambda log_p, log_q: 10 * log_p + log_q))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+    def test_its_result_may_have_another_dtype(self, dtype):
+        batch = self.batch(torch.float64)
+        output, dlogits = run("cpu", *batch, steps_of_integers() if dtype == torch.int64 else steps_in_fp32())
+        check(output, dlogits, expected(*batch, lambda log_p, log_q: torch.where(log_p > -1, 3.0, 1.0).to(log_p.dtype)))
+
+
 def test_every_thread_has_a_part_and_the_last_parts_are_small():
     for blocks in (1, 2, 3, 7, 32, 33, 500):
         for threads in (1, 2, 3, 8):
@@ -406,11 +498,22 @@ def test_every_thread_has_a_part_and_the_last_parts_are_small():
             assert sizes[-1] <= _cpu.PART_BLOCKS
 
 
+@pytest.mark.usefixtures("small_blocks", "two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_slope_that_overflows_in_a_row_that_does_not_count(dtype, classes):
+    scale = {torch.float32: 1e39, torch.bfloat16: 3.4e38}[dtype]
+    logits = torch.tensor([[0.1, 0.0], [1e-3, 0.0]])[:, :classes].to(dtype)
+    _, dlogits = run("cpu", logits, torch.tensor([-100, 0]), edf.CCE(), logit_scale=scale)
+    assert (dlogits[0] == 0).all()
+
+
 def test_many_rows_are_spread_over_the_threads_and_leave_them_as_they_were(two_threads):
     with _cpu.calm():
         assert torch.get_num_threads() == 1
-        with _cpu.many(_cpu.MANY_ROWS - 1):
-            assert torch.get_num_threads() == 1
+        for rows in (_cpu.MANY_ROWS - 128, _cpu.MANY_ROWS + 64):
+            with _cpu.many(rows):
+                assert torch.get_num_threads() == 1
         with _cpu.many(_cpu.MANY_ROWS):
             assert torch.get_num_threads() == 2
         with _cpu.calm():

@@ -48,8 +48,8 @@ def operators(dtype, impl, **shape):
         yield _operators.cpu_direction, (plain, target, -100)
         yield _operators.cpu_direction_, (plain.clone(), target, -100)
         direction = _operators.cpu_direction(plain, target, -100)[3]
-        yield _operators.scale_rows_, (direction.clone(), coefficient, coefficient.clone(), torch.ones(()))
-        yield _operators.attach_direction, (logits, value, direction, coefficient, coefficient.clone())
+        yield _operators.scale_rows_, (direction.clone(), coefficient, coefficient.clone(), torch.ones(()), True)
+        yield _operators.attach_direction, (logits, value, direction, coefficient, coefficient.clone(), True)
         return
     normalizer = torch.full((), 3.0, dtype=torch.float64, device=plain.device)
     weight = torch.ones(rows, dtype=margins.dtype, device=plain.device)

@@ -22,7 +22,7 @@ EDGES = {
     "_linear": {"_api", "_linear_operators", "_loss", "_operators", "_validation", "edf", "reference"},
     "_linear_blocks": {"_cpu", "_rows", "_triton", "edf"},
     "_linear_operators": {"_cpu", "_linear_blocks", "_operator", "_rows"},
-    "_loss": {"_cpu", "_operator", "_operators", "_rows", "_validation"},
+    "_loss": {"_cpu", "_operator", "_operators", "_rows", "_validation", "edf"},
     "_operator": set(),
     "_operators": {"_cpu", "_launch", "_operator", "_rows", "_triton"},
     "_plot": {"_report", "edf"},

@@ -276,3 +276,5 @@ FAMILIES: dict[str, Family] = {
     "self_paced": Family(_self_paced_log_weight, _self_paced_loss),
     "self_paced_linear": Family(_self_paced_linear_log_weight, _self_paced_linear_loss),
 }
+# Those that are here; others may be registered.
+CATALOGUE = frozenset(FAMILIES)
