@@ -274,7 +274,9 @@ def _ordinary_part(
     eps, *params = _cpu.numbers(emphasis.params)
     log_p, log_q = _cpu.logarithms(counted.margin)
     log_w = emphasis.log_weight(log_p, log_q, *params)
-    value = -log_p if emphasis.loss is None else emphasis.loss(log_p, log_q, *params)
+    # Numbers of the rows that are needed no more make room, as there may be more rows than classes.
+    value = log_p.neg_() if emphasis.loss is None else emphasis.loss(log_p, log_q, *params)
+    del log_p
     if counted.log_size is not None:
         log_w = log_w + counted.log_size
     top = log_w.amax().clamp(min=LOG_FLOOR)
@@ -342,6 +344,8 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     else:
         margin, statistics = _operators.margin(logits, target, ignore_index, impl, transform)
         lead = statistics[2]
+    if not problem.return_output:
+        del lead
     found = of_margins(problem, margin, keep_weights=problem.return_output)
     loss, coefficient = found.loss, coefficients_of(found, margin.dtype)
     if keep:

@@ -143,6 +143,22 @@ def test_torch_form_is_the_published_formula(emphasis):
 
 
 @pytest.mark.parametrize("emphasis", EVERY, ids=str)
+def test_torch_form_leaves_its_arguments_alone_and_returns_another_tensor(emphasis):
+    """The implementations use their memory again."""
+    given = torch.tensor([-3.0, -0.5, -0.01]), torch.tensor([-0.05, -0.9, -4.6])
+    for function in filter(None, emphasis.forms):
+        for params in (emphasis.params, torch.tensor(emphasis.params, dtype=torch.float64).unbind()):
+            log_p, log_q = (tensor.clone() for tensor in given)
+            found = function(log_p, log_q, *params)
+            assert torch.equal(log_p, given[0])
+            assert torch.equal(log_q, given[1])
+            assert found.untyped_storage().data_ptr() not in (
+                log_p.untyped_storage().data_ptr(),
+                log_q.untyped_storage().data_ptr(),
+            )
+
+
+@pytest.mark.parametrize("emphasis", EVERY, ids=str)
 def test_weight_and_log_weight_agree(emphasis):
     p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     torch.testing.assert_close(emphasis.log_weight(p.log(), torch.log1p(-p)).exp(), emphasis.weight(p), rtol=1e-12, atol=0)
