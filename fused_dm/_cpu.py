@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
@@ -36,10 +36,6 @@ WIDE_BLOCK_ELEMENTS = 1 << 20
 PIECE_ROWS = 1 << 17
 # Rows that go through several torch calls at a time: their temporaries stay in a core's cache.
 STEP_ROWS = 1 << 15
-# Rows from which a torch call on a number of each is spread over the threads; torch gives each 2^15 at least. Where a thread's
-# begin and end with a vector, they are rounded as those of a single one are.
-MANY_ROWS = 1 << 16
-VECTOR = 64
 # Bytes from which a gradient asks for its memory.
 HUGE_BYTES = 1 << 22
 HUGE_PAGE = 1 << 21
@@ -261,16 +257,6 @@ def each(function: Callable[[_T], _R], parts: Sequence[_T]) -> list[_R]:
     return cast(list[_R], found)
 
 
-def many(rows: int) -> AbstractContextManager[None]:
-    """Torch calls on numbers of that many rows are spread over the threads, which are not worth waking for fewer.
-
-    That changes no bit of what is computed number by number, but sums.
-    """
-    if rows < MANY_ROWS or getattr(_local, "threads", None) is None or rows % (VECTOR * _threads()):
-        return nullcontext()
-    return _spread(_threads())
-
-
 # ---- What a look at a tensor tells, which on a GPU would stop the host
 
 
@@ -468,14 +454,13 @@ def checked_labels(target: Tensor, classes: int, ignore_index: int) -> tuple[Ten
         IndexError: a label is no class.
     """
     valid: Tensor | None = None
-    with many(len(target)):
-        # Mostly all are labels, which one look at the largest and the smallest shows.
-        lowest, highest = _range(target)
-        label = target
-        if not (lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest):
-            valid = target != ignore_index
-            label = torch.where(valid, target, 0)
-            lowest, highest = _range(label)
+    # Mostly all are labels, which one look at the largest and the smallest shows.
+    lowest, highest = _range(target)
+    label = target
+    if not (lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest):
+        valid = target != ignore_index
+        label = torch.where(valid, target, 0)
+        lowest, highest = _range(label)
     if lowest >= 0 and highest < classes:
         return label, valid
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
@@ -556,14 +541,13 @@ class _Pass:
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """The rows' margin, nan for ignored rows and for a label at +inf, and z_y - max."""
-        with many(len(self.margin)):
-            nothing = None if self.valid is None else ~self.valid
-            # One look at the sum spares one at every row.
-            if not math.isfinite(self.label_logit.sum()):
-                infinite = self.label_logit == math.inf
-                nothing = infinite if nothing is None else nothing | infinite
-            if nothing is not None:
-                self.margin.masked_fill_(nothing, math.nan)
+        nothing = None if self.valid is None else ~self.valid
+        # One look at the sum spares one at every row.
+        if not math.isfinite(self.label_logit.sum()):
+            infinite = self.label_logit == math.inf
+            nothing = infinite if nothing is None else nothing | infinite
+        if nothing is not None:
+            self.margin.masked_fill_(nothing, math.nan)
         return self.margin, self.lead
 
 
@@ -604,11 +588,10 @@ def undivided_direction(
     if transform is None and walk.valid is None and are_moderate(walk.margin):
         return walk.margin, walk.lead, norms, out
     margins, leads = walk.margins()
-    with many(len(margins)):
-        if transform is not None:
-            norms.fill_(1.0)
-        elif not math.isfinite(norms.clamp_(min=0.5).sum()):
-            norms.nan_to_num_(nan=math.inf)
+    if transform is not None:
+        norms.fill_(1.0)
+    elif not math.isfinite(norms.clamp_(min=0.5).sum()):
+        norms.nan_to_num_(nan=math.inf)
     return margins, leads, norms, out
 
 
@@ -629,8 +612,7 @@ def scale_rows_(matrix: Tensor, factor: Tensor, finite: bool = False) -> None:
     if not len(factor):
         return
     same = matrix.dtype == factor.dtype
-    with many(len(factor)):
-        least, most = map(float, factor.aminmax())
+    least, most = map(float, factor.aminmax())
     # The call for 16 bits would make nan of a row whose factor is infinite.
     if not same and _is_long(matrix) and matrix.is_contiguous() and math.isfinite(least) and math.isfinite(most):
         _scale_16_bits_(matrix.detach(), factor)

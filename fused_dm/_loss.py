@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -124,12 +123,11 @@ def _normalizer(problem: Problem, weight: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def received(problem: Problem, margin: Tensor, lead: Tensor, log_weight: Tensor, sign: Tensor, totals: Totals) -> Received:
-    with _cpu.many(len(margin)) if _eager_on_a_cpu(problem, margin) else nullcontext():
-        valid = _valid(problem)
-        prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
-        weights = example_weights(log_weight, sign, totals)
-        correct = ~margin.isnan() & ((lead >= 0) | (margin == torch.inf))
-        return Received(weights, prob, totals.sum_weight.clone(), valid & correct)
+    valid = _valid(problem)
+    prob = torch.where(valid, torch.sigmoid(margin), torch.full_like(margin, torch.nan))
+    weights = example_weights(log_weight, sign, totals)
+    correct = ~margin.isnan() & ((lead >= 0) | (margin == torch.inf))
+    return Received(weights, prob, totals.sum_weight.clone(), valid & correct)
 
 
 def _with(function: Callable[..., Tensor], params: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -215,16 +213,14 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
     """The loss, the rows' numbers and the batch's divisor from the margins (N,), in torch; without a gradient."""
     emphasis, margin = problem.emphasis, margin.detach()
     eager = _eager_on_a_cpu(problem, margin)
-    with _cpu.many(len(margin)) if eager else nullcontext():
-        # The margin of an ignored row is nan, and a label that is no class has been refused.
-        moderate = eager and _cpu.are_moderate(margin)
-        weight = row_weights(problem, all_valid=moderate)
+    # The margin of an ignored row is nan, and a label that is no class has been refused.
+    moderate = eager and _cpu.are_moderate(margin)
+    weight = row_weights(problem, all_valid=moderate)
     normalizer = _normalizer(problem, weight)
     ordinary = None
     # A function of the user's may change what it is given, which is used again there.
     if eager and emphasis.family in CATALOGUE:
-        with _cpu.many(len(margin)):
-            ordinary = _ordinary_part(problem, margin, moderate, weight, normalizer, keep_weights)
+        ordinary = _ordinary_part(problem, margin, moderate, weight, normalizer, keep_weights)
     if ordinary:
         parts = [ordinary]
     else:
@@ -273,13 +269,21 @@ def _ordinary_part(
         return None
     eps, *params = _cpu.numbers(emphasis.params)
     log_p, log_q = _cpu.logarithms(counted.margin)
-    log_w = emphasis.log_weight(log_p, log_q, *params)
-    # Numbers of the rows that are needed no more make room, as there may be more rows than classes.
-    value = log_p.neg_() if emphasis.loss is None else emphasis.loss(log_p, log_q, *params)
-    del log_p
-    if counted.log_size is not None:
-        log_w = log_w + counted.log_size
-    top = log_w.amax().clamp(min=LOG_FLOOR)
+    # In the place of the margins, as there may be more rows than classes; an EDF of the catalogue returns a tensor of its own.
+    log_w, value = torch.empty_like(log_p), log_p
+
+    def of(rows: slice) -> Tensor:
+        p, q, out = log_p[rows], log_q[rows], log_w[rows]
+        out.copy_(emphasis.log_weight(p, q, *params))
+        if emphasis.loss is None:
+            p.neg_()
+        else:
+            p.copy_(emphasis.loss(p, q, *params))
+        if counted.log_size is not None:
+            out.add_(counted.log_size[rows])
+        return out.amax()
+
+    top = _folded(_cpu.each(of, _cpu.pieces(len(margin))), torch.amax).clamp(min=LOG_FLOOR)
     if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
         return None
     row_weight = counted.sign if weight is None else weight

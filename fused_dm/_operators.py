@@ -303,11 +303,9 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
             coefficient = _times(coefficient, dvalue)
         elif dvalue != 1:
             coefficient = coefficient * dvalue
-        with _cpu.many(len(norm)):
-            # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
-            factor = coefficient / norm
-            shows = shows and math.isfinite(norm.sum())
-        _cpu.scale_rows_(matrix, factor, finite=shows)
+        # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
+        factor = coefficient / norm
+        _cpu.scale_rows_(matrix, factor, finite=shows and math.isfinite(norm.sum()))
 
 
 @operator("fused_dm::scaled_rows2")

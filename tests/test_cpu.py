@@ -508,23 +508,6 @@ def test_a_slope_that_overflows_in_a_row_that_does_not_count(dtype, classes):
     assert (dlogits[0] == 0).all()
 
 
-def test_many_rows_are_spread_over_the_threads_and_leave_them_as_they_were(two_threads):
-    with _cpu.calm():
-        assert torch.get_num_threads() == 1
-        for rows in (_cpu.MANY_ROWS - 128, _cpu.MANY_ROWS + 64):
-            with _cpu.many(rows):
-                assert torch.get_num_threads() == 1
-        with _cpu.many(_cpu.MANY_ROWS):
-            assert torch.get_num_threads() == 2
-        with _cpu.calm():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 1
-    # Elsewhere they are.
-    with _cpu.many(_cpu.MANY_ROWS):
-        assert torch.get_num_threads() == 2
-    assert torch.get_num_threads() == 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e30, 1e37])
 def test_a_small_coefficient_and_a_large_upstream_gradient(dtype, size):
