@@ -297,7 +297,6 @@ class Counted(NamedTuple):
 
 def counted(margin: Tensor, moderate: bool, weight: Tensor | None, target: Tensor, ignore_index: int) -> Counted | None:
     """Margins and weights c (N,), None for 1, as `Counted`, if they are. `moderate` tells that all of the margins are."""
-    dead: Tensor | None = None
     sign, size = None, weight
     if weight is not None:
         least, most = map(float, weight.aminmax())
@@ -305,20 +304,33 @@ def counted(margin: Tensor, moderate: bool, weight: Tensor | None, target: Tenso
             return None
         if least < 0:
             sign, size = weight.sign(), weight.abs()
-        if least <= 0 <= most:
-            dead = weight == 0
-    elif not moderate:
+        all_count = not least <= 0 <= most
+    else:
         # The margin of an ignored row is nan.
-        dead = target == ignore_index
-    if dead is not None:
-        some = _first_that_counts(dead)
-        if some is None:
-            return None
-        margin = torch.where(dead, margin[some], margin)
-        moderate = are_moderate(margin)
-        size = None if size is None else torch.where(dead, size[some], size)
-        sign = (~dead).to(margin.dtype) if sign is None else sign
-    return Counted(margin, sign, None if size is None else size.log()) if moderate else None
+        all_count = moderate
+    if all_count:
+        return Counted(margin, sign, None if size is None else size.log()) if moderate else None
+    parts, dead = pieces(len(margin)), torch.empty_like(margin, dtype=torch.bool)
+    # What makes a row dead.
+    given, what = (target, ignore_index) if weight is None else (weight, 0)
+    each(lambda rows: torch.eq(given[rows], what, out=dead[rows]), parts)
+    some = _first_that_counts(dead)
+    if some is None:
+        return None
+    margins = torch.empty_like(margin)
+    sizes = None if size is None else torch.empty_like(size)
+    signs = torch.empty_like(margin) if sign is None else sign
+
+    def of(rows: slice) -> bool:
+        dead_rows, found = dead[rows], margins[rows]
+        torch.where(dead_rows, margin[some], margin[rows], out=found)
+        if size is not None and sizes is not None:
+            torch.where(dead_rows, size[some], size[rows], out=sizes[rows]).log_()
+        if sign is None:
+            torch.logical_not(dead_rows, out=signs[rows])
+        return are_moderate(found)
+
+    return Counted(margins, signs, sizes) if all(each(of, parts)) else None
 
 
 def _first_that_counts(dead: Tensor) -> int | None:
@@ -453,14 +465,21 @@ def checked_labels(target: Tensor, classes: int, ignore_index: int) -> tuple[Ten
     Raises:
         IndexError: a label is no class.
     """
-    valid: Tensor | None = None
+    valid = None
     # Mostly all are labels, which one look at the largest and the smallest shows.
     lowest, highest = _range(target)
     label = target
     if not (lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest):
-        valid = target != ignore_index
-        label = torch.where(valid, target, 0)
-        lowest, highest = _range(label)
+        valid, label, nothing = torch.empty_like(target, dtype=torch.bool), torch.empty_like(target), target.new_zeros(())
+
+        def of(rows: slice) -> tuple[int, int]:
+            valid_rows, labels = valid[rows], label[rows]
+            torch.ne(target[rows], ignore_index, out=valid_rows)
+            torch.where(valid_rows, target[rows], nothing, out=labels)
+            return _range(labels)
+
+        least, most = zip(*each(of, pieces(len(target))), strict=True)
+        lowest, highest = min(least), max(most)
     if lowest >= 0 and highest < classes:
         return label, valid
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
@@ -547,7 +566,7 @@ class _Pass:
             infinite = self.label_logit == math.inf
             nothing = infinite if nothing is None else nothing | infinite
         if nothing is not None:
-            self.margin.masked_fill_(nothing, math.nan)
+            each(lambda rows: self.margin[rows].masked_fill_(nothing[rows], math.nan), pieces(len(nothing)))
         return self.margin, self.lead
 
 

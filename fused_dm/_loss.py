@@ -269,21 +269,20 @@ def _ordinary_part(
         return None
     eps, *params = _cpu.numbers(emphasis.params)
     log_p, log_q = _cpu.logarithms(counted.margin)
-    # In the place of the margins, as there may be more rows than classes; an EDF of the catalogue returns a tensor of its own.
-    log_w, value = torch.empty_like(log_p), log_p
 
-    def of(rows: slice) -> Tensor:
-        p, q, out = log_p[rows], log_q[rows], log_w[rows]
-        out.copy_(emphasis.log_weight(p, q, *params))
-        if emphasis.loss is None:
-            p.neg_()
-        else:
-            p.copy_(emphasis.loss(p, q, *params))
+    def of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        p, q = log_p[rows], log_q[rows]
+        log_weights = emphasis.log_weight(p, q, *params)
+        # An EDF of the catalogue returns a tensor of its own, and memory counts where there are more rows than classes.
+        values = p.neg_() if emphasis.loss is None else emphasis.loss(p, q, *params)
         if counted.log_size is not None:
-            out.add_(counted.log_size[rows])
-        return out.amax()
+            log_weights = log_weights + counted.log_size[rows]
+        return log_weights, values, log_weights.amax()
 
-    top = _folded(_cpu.each(of, _cpu.pieces(len(margin))), torch.amax).clamp(min=LOG_FLOOR)
+    log_weights, values_of_parts, tops = map(list, zip(*_cpu.each(of, _cpu.pieces(len(margin))), strict=True))
+    log_w, top = _joined(log_weights), _folded(tops, torch.amax).clamp(min=LOG_FLOOR)
+    value = log_p if emphasis.loss is None else _joined(values_of_parts)
+    del log_weights, values_of_parts
     if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
         return None
     row_weight = counted.sign if weight is None else weight
