@@ -32,7 +32,8 @@ PART_SHARE = 0.5
 PART_BLOCKS = 2
 # Where each torch call is itself spread over the threads, which then wait for each other at its end.
 WIDE_BLOCK_ELEMENTS = 1 << 20
-# Rows whose weights and values are computed at once, by any number of threads, as results are rounded relative to their piece.
+# Rows that a thread computes with at once where it needs Python's lock for each torch call. They are the same for any number of
+# threads, as weights that are out of range are rounded relative to their piece.
 PIECE_ROWS = 1 << 17
 # Rows that go through several torch calls at a time: their temporaries stay in a core's cache.
 STEP_ROWS = 1 << 15
@@ -296,7 +297,10 @@ class Counted(NamedTuple):
 
 
 def counted(margin: Tensor, moderate: bool, weight: Tensor | None, target: Tensor, ignore_index: int) -> Counted | None:
-    """Margins and weights c (N,), None for 1, as `Counted`, if they are. `moderate` tells that all of the margins are."""
+    """`Counted` of margins and weights c (N,), or None where a row that counts has a number that is not finite.
+
+    A `weight` of None is 1, and `moderate` whether all of the margins are.
+    """
     sign, size = None, weight
     if weight is not None:
         least, most = map(float, weight.aminmax())

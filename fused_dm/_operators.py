@@ -294,7 +294,7 @@ def _(logits, target, ignore_index, transform=None):
 def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tensor, shows: bool) -> None:
     """Multiply each row of `matrix` by its coefficient, (N,), and `dvalue`, () or (N,), and divide it by its norm, in place.
 
-    Its norm `shows` whether a row is finite, or does not.
+    `shows` tells that the norm of a row that is not finite is infinite.
     """
     # A forked child would wait for threads that it has not, were there a call outside.
     with _cpu.calm():
@@ -327,7 +327,7 @@ def attach_direction(
 ) -> Tensor:
     """`value`, () or (N,), whose gradient by the logits is `direction` with its rows times `coefficient` / `norm`.
 
-    The norm `shows` whether a row of the direction is finite, or does not.
+    `shows` tells that the norm of a row of the direction that is not finite is infinite.
     """
     return value.clone()
 
