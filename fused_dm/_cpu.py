@@ -46,11 +46,13 @@ MADV_POPULATE_WRITE = 23
 # once.
 LONG = 512
 SMALL_BYTES = 1 << 24
-# The largest maximum, log 2^24, that is not subtracted. What the quotient of a coefficient and a sum loses below the smallest
-# normal is then below it in the product with an exponential too.
+# The largest logit, log 2^24, of those that no maximum is subtracted from. What the quotient of a coefficient and a sum loses
+# below the smallest normal is then below it in the product with an exponential too. And the least sum of their exponentials:
+# what those lose below the smallest normal is below it in the quotient too, and the quotient of a coefficient is in range.
 HIGHEST = 24 * math.log(2)
-# Classes from which that pays: what is done for each row besides is then little.
-SEVERAL = 64
+LEAST_SUM = 1.0
+# Classes from which it pays to try: what is done for each row besides is then little.
+SEVERAL = 8
 # Positions of a block are a multiple of this many, so that every class begins on a cache line.
 ALIGNED = 64
 # A row of fewer positions than this side by side is transposed within its block.
@@ -502,20 +504,29 @@ def _range(target: Tensor) -> tuple[int, int]:
 # ---- The passes
 
 
-class _Pass:
-    """Labels and row statistics of one walk over the logits."""
+def _are_central(logits: Tensor) -> bool:
+    """Whether a few of the logits (B, V, P) promise that no maximum needs to be subtracted from them."""
+    maxima = sorted(numbers(logits[:: max(1, len(logits) // 8), :512, 0].amax(1)))
+    return 0 <= maxima[len(maxima) // 2] <= HIGHEST
 
-    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> None:
+
+class _Pass:
+    """Labels and row statistics of one walk over the logits; leads, and maxima throughout, only where they are wanted."""
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None, leads: bool = True
+    ) -> None:
         self.dtype = compute_dtype(logits.dtype)
         self.label, self.valid = checked_labels(target.long(), logits.shape[1], ignore_index)
         # Row by row what a matrix without classes has, if that is what it is.
         least = torch.finfo(self.dtype).min
-        self.row_max, self.row_sum, self.label_logit, self.lead, self.margin = (
+        self.row_max, self.row_sum, self.label_logit, self.margin, *lead = (
             logits.new_empty(target.shape, dtype=self.dtype)
             if logits.numel()
             else logits.new_full(target.shape, value, dtype=self.dtype)
-            for value in (least, 0.0, 0.0, -least, math.inf)
+            for value in (least, 0.0, 0.0, math.inf, *([-least] if leads else []))
         )
+        self.lead = lead[0] if leads else None
         self.logits = logits
         self.transform = transform
 
@@ -525,8 +536,12 @@ class _Pass:
         factor: Tensor | None = None,
         undivided: bool = False,
         beside: Callable[[], None] | None = None,
+        tries: bool = True,
     ) -> None:
-        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, for k = 1 or for k = `row_sum`."""
+        """Note the rows' statistics, and fill `out` with the gradient for k = -`factor`, for k = 1 or for k = `row_sum`.
+
+        Unless it `tries` to do without them, all maxima are subtracted.
+        """
         logits = _planes(self.logits)
         gradient = None if out is None else _planes(out)
         rows = (logits.shape[0], 1, logits.shape[2])
@@ -537,6 +552,11 @@ class _Pass:
         # Whole rows in the dtype of the statistics are computed where they lie. Strided ones are faster computed elsewhere.
         direct = out is not None and out.dim() == 2 and out.dtype == self.dtype
         lowest = torch.finfo(self.dtype).min
+        overwrites = direct and out is not None and out.data_ptr() == self.logits.data_ptr()
+        trial = None
+        if tries and logits.shape[1] >= SEVERAL and logits.numel():
+            # With a transform it would be applied twice to blocks that fail.
+            trial = torch.tensor(self.transform is None and _are_central(logits), device="cpu")
 
         def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
             walks().walk(
@@ -553,17 +573,20 @@ class _Pass:
                 undivided,
                 self.transform,
                 lowest,
-                HIGHEST if logits.shape[1] >= SEVERAL else -1.0,
+                HIGHEST,
+                LEAST_SUM,
+                trial,
+                overwrites,
                 blocks.height,
                 blocks.width,
                 begin,
                 end,
             )
 
-        _run(logits, work, None if direct else self.dtype, beside)
+        _run(logits, work, None if direct and not (overwrites and tries) else self.dtype, beside)
 
-    def margins(self) -> tuple[Tensor, Tensor]:
-        """The rows' margin, nan for ignored rows and for a label at +inf, and z_y - max."""
+    def margins(self) -> Tensor:
+        """The rows' margin, nan for ignored rows and for a label at +inf."""
         nothing = None if self.valid is None else ~self.valid
         # One look at the sum spares one at every row.
         if not math.isfinite(self.label_logit.sum()):
@@ -571,15 +594,14 @@ class _Pass:
             nothing = infinite if nothing is None else nothing | infinite
         if nothing is not None:
             each(lambda rows: self.margin[rows].masked_fill_(nothing[rows], math.nan), pieces(len(nothing)))
-        return self.margin, self.lead
+        return self.margin
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Margins (N,) and row statistics (3, N): max, a sum that is 0 where no other class has any probability, lead."""
     walk = _Pass(logits, target, ignore_index, transform)
     walk.run(None)
-    margins, lead = walk.margins()
-    return margins, torch.stack([walk.row_max, walk.row_sum, lead])
+    return walk.margins(), torch.stack([walk.row_max, walk.row_sum, cast(Tensor, walk.lead)])
 
 
 def direction(
@@ -590,32 +612,39 @@ def direction(
     It may be the logits themselves.
     """
     walk = _Pass(logits, target, ignore_index, transform)
-    walk.run(out)
-    return walk.margins()
+    # In place that takes memory, and pays little beside the products that its callers compute.
+    walk.run(out, tries=False)
+    return walk.margins(), cast(Tensor, walk.lead)
 
 
 def undivided_direction(
-    logits: Tensor, target: Tensor, ignore_index: int, out: Tensor | None = None, transform: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    leads: bool,
+    out: Tensor | None = None,
+    transform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Margins, leads and norms (N,), and the gradient for k = norm: exp(z_j - m), and -norm for the label, times the slope.
 
     m is the maximum, or 0 in blocks that need none subtracted. The norm is the sum of exp(z_j - m), but 1/2 where no other
     class has a finite logit, whose gradient is 0, and infinite for a row of nan. With a transform it is 1 throughout: its
-    slope, times a large sum, could be infinite. `out` may be the logits themselves.
+    slope, times a large sum, could be infinite. There are no leads, (0,), unless they are wanted. `out` may be the logits
+    themselves.
     """
-    walk = _Pass(logits, target, ignore_index, transform)
+    walk = _Pass(logits, target, ignore_index, transform, leads)
     out, populate = _new_gradient(logits) if out is None else (out, None)
     walk.run(out, undivided=transform is None, beside=populate)
-    norms = walk.row_sum
+    norms, lead = walk.row_sum, walk.margin.new_empty(0) if walk.lead is None else walk.lead
     # One look at the margins spares three at the rows: where they are finite, so is the label's logit, and no sum is 0 or nan.
     if transform is None and walk.valid is None and are_moderate(walk.margin):
-        return walk.margin, walk.lead, norms, out
-    margins, leads = walk.margins()
+        return walk.margin, lead, norms, out
+    margins = walk.margins()
     if transform is not None:
         norms.fill_(1.0)
     elif not math.isfinite(norms.clamp_(min=0.5).sum()):
         norms.nan_to_num_(nan=math.inf)
-    return margins, leads, norms, out
+    return margins, lead, norms, out
 
 
 def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
@@ -695,7 +724,7 @@ def margin_gradient(
     transform: Tensor | None = None,
 ) -> Tensor:
     """dlogits for a derivative by the margin (N,), from the logits. `out` may be the logits themselves."""
-    walk = _Pass(logits, target, ignore_index, transform)
+    walk = _Pass(logits, target, ignore_index, transform, leads=False)
     out, populate = _new_gradient(logits) if out is None else (out, None)
     walk.run(out, dmargin, beside=populate)
     # Where no other class has any probability there is no gradient, unless the derivative is nan.

@@ -338,9 +338,10 @@ def margin_loss(problem: Problem, impl: str) -> Result:
     if keep and problem.inplace:
         logits = _operators.take(logits)
         direction = logits.detach()
-        margin, lead, norm = _operators.cpu_direction_(direction, target, ignore_index, transform)
+        margin, lead, norm = _operators.cpu_direction_(direction, target, ignore_index, problem.return_output, transform)
     elif keep:
-        margin, lead, norm, direction = _operators.cpu_direction(logits.detach(), target, ignore_index, transform)
+        given = (logits.detach(), target, ignore_index, problem.return_output, transform)
+        margin, lead, norm, direction = _operators.cpu_direction(*given)
     elif problem.inplace:
         margin, statistics = _operators.margin(logits.detach(), target, ignore_index, impl, transform)
         lead = statistics[2]

@@ -255,39 +255,45 @@ attach_overwriting.register_autograd(_attach_overwriting_backward, setup_context
 # ---- CPU: the direction is written in the forward and scaled in place in the backward
 
 
-@operator("fused_dm::cpu_direction3")
+@operator("fused_dm::cpu_direction4")
 def cpu_direction(
-    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
+    logits: Tensor, target: Tensor, ignore_index: int, leads: bool, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Margins, leads and norms (N,), and the gradient (N, V) for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, transform=transform)
+    """Margins, leads, (0,) unless wanted, and norms (N,), and the gradient (N, V) for a coefficient that is the norm."""
+    return _cpu.undivided_direction(logits, target, ignore_index, leads, transform=transform)
 
 
 @cpu_direction.register_fake
-def _(logits, target, ignore_index, transform=None):
+def _(logits, target, ignore_index, leads, transform=None):
     dtype = compute_dtype(logits.dtype)
     rows = target.shape[0]
     return (
         logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if leads else 0, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(logits.shape),
     )
 
 
-@operator("fused_dm::cpu_direction3_", mutates_args=["logits"])
+@operator("fused_dm::cpu_direction4_", mutates_args=["logits"])
 def cpu_direction_(
-    logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None
+    logits: Tensor, target: Tensor, ignore_index: int, leads: bool, transform: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Margins, leads and norms (N,); the logits are overwritten by the gradient for a coefficient that is the norm."""
-    return _cpu.undivided_direction(logits, target, ignore_index, out=logits, transform=transform)[:3]
+    """Margins, leads, (0,) unless wanted, and norms (N,); the logits are overwritten by the gradient for a coefficient that is
+    the norm.
+    """
+    return _cpu.undivided_direction(logits, target, ignore_index, leads, out=logits, transform=transform)[:3]
 
 
 @cpu_direction_.register_fake
-def _(logits, target, ignore_index, transform=None):
+def _(logits, target, ignore_index, leads, transform=None):
     dtype = compute_dtype(logits.dtype)
     rows = target.shape[0]
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if leads else 0, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+    )
 
 
 @operator("fused_dm::scale_rows4_", mutates_args=["matrix"])

@@ -8,6 +8,7 @@ planes, or `width` positions of a single one.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -45,39 +46,66 @@ def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
 
 def fill_(
     block: Tensor,
+    given: Tensor,
+    transform: Tensor | None,
     label: Tensor,
     label_logit: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
-    nothing: Tensor,
     lowest: float,
     highest: float,
+    least_sum: float,
+    trial: Tensor | None,
+    wants_max: bool,
+    overwrites: bool,
 ) -> bool:
     """Turn a block of logits into exp(z - max) over all classes but the label, and note the rows' statistics.
 
-    Where all maxima are from 0 to `highest` that is exp(z) instead, which spares a pass, and the answer is False: nothing then
-    vanishes that would not beside its maximum. The labels' entries are left to the caller. `nothing` is -inf, and `lowest` the
-    lowest finite number.
+    Or into exp(z), which spares one pass or two: then the answer is False, and maxima are noted only if they are wanted. That
+    is so where no sum is below `least_sum` and no exponential above exp(`highest`). It is tried and seen. `trial`, which all
+    blocks share, is True until one has failed; after that, maxima tell most of those in advance that would. It is None where
+    no block is to try. Where the block `overwrites` the logits, `given` is memory to keep them in meanwhile, else it is what
+    they are had from again.
+
+    The labels' entries are left to the caller. `lowest` is the lowest finite number.
     """
     torch.gather(block, 1, label, out=label_logit)
-    block.scatter_(1, label, nothing.expand_as(label))
-    torch.amax(block, 1, keepdim=True, out=row_max)
-    as_it_is = False
-    if highest >= 0.0:
+    tries = trial is not None
+    has_max = False
+    if trial is not None and (wants_max or not bool(trial)):
+        block.scatter_(1, label, row_max.fill_(-math.inf))
+        torch.amax(block, 1, keepdim=True, out=row_max)
+        has_max = True
         least, most = torch.aminmax(row_max)
         # Not so for nan.
-        as_it_is = float(least) >= 0.0 and float(most) <= highest
-    # The label's entry becomes exp(0) = 1 and is taken off again: torch's exp is ten times slower where it meets -inf.
-    if as_it_is:
-        block.scatter_(1, label, 0.0)
-    else:
-        # -inf less the lowest number is still -inf, where -inf less -inf is nan.
-        row_max.clamp_(min=lowest)
-        block.scatter_(1, label, row_max)
-        block.sub_(row_max)
+        tries = float(least) >= math.log(least_sum / block.size(1)) - 0.01 and float(most) <= highest + 0.01
+    if tries:
+        if overwrites:
+            given.copy_(block)
+        # Of the label, exp(-80) is nothing beside such sums, and larger numbers would take digits from them. Torch's exp is ten
+        # times slower where it meets -inf; and a scatter of as many numbers is faster than one of a number, if there are many.
+        block.scatter_(1, label, row_sum.fill_(-80.0))
+        torch.sum(block.exp_(), 1, keepdim=True, out=row_sum)
+        least, most = torch.aminmax(row_sum)
+        limit = math.exp(highest)
+        if float(least) >= least_sum and (float(most) <= limit or float(block.amax()) <= limit):
+            return False
+        if trial is not None:
+            trial.fill_(False)
+        block.copy_(given)
+        if transform is not None and not overwrites:
+            transform_(block, transform, None)
+    if not has_max:
+        block.scatter_(1, label, row_max.fill_(-math.inf))
+        torch.amax(block, 1, keepdim=True, out=row_max)
+    # -inf less the lowest number is still -inf, where -inf less -inf is nan.
+    row_max.clamp_(min=lowest)
+    # The label's entry becomes exp(0) = 1 and is taken off again.
+    block.scatter_(1, label, row_max)
+    block.sub_(row_max)
     # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
     torch.sum(block.exp_(), 1, keepdim=True, out=row_sum).sub_(1)
-    return not as_it_is
+    return True
 
 
 def row_of(matrix: Tensor, height: int, width: int, number: int) -> int:
@@ -90,22 +118,28 @@ def margins_(
     label_logit: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
-    lead: Tensor,
+    lead: Tensor | None,
     margin: Tensor,
     shifted: bool,
     first: int,
     last: int,
 ) -> None:
-    """Fill leads z_y - max and margins z_y - max - log sum exp(z_j - max) of rows `first` to `last`, of (N,) each.
+    """Fill margins z_y - log sum exp(z_j) and, unless None, leads z_y - max of rows `first` to `last`, of (N,) each.
 
     The sums are those of exp(z_j - max) if they are `shifted`, else of exp(z_j).
     """
     count = last - first
-    leads, margins = lead.narrow(0, first, count), margin.narrow(0, first, count)
-    maxima, sums = row_max.narrow(0, first, count), row_sum.narrow(0, first, count)
-    torch.sub(label_logit.narrow(0, first, count), maxima, out=leads)
-    torch.log(sums if shifted else maxima.neg().exp_().mul_(sums), out=margins)
-    torch.sub(leads, margins, out=margins)
+    labels, sums, margins = label_logit.narrow(0, first, count), row_sum.narrow(0, first, count), margin.narrow(0, first, count)
+    maxima = row_max.narrow(0, first, count)
+    if shifted:
+        torch.sub(labels, maxima, out=margins).sub_(sums.log())
+    else:
+        # -log(sum exp(z_j) exp(-z_y)), as a difference of logarithms loses digits; the further off z_y is, the fewer matter.
+        by = labels.clamp(-40.0, 40.0)
+        torch.sub(labels, by, out=margins)
+        margins.sub_(by.neg_().exp_().mul_(sums).log_())
+    if lead is not None:
+        torch.sub(labels, maxima, out=lead.narrow(0, first, count))
 
 
 def walk(
@@ -114,7 +148,7 @@ def walk(
     label_logit: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
-    lead: Tensor,
+    lead: Tensor | None,
     margin: Tensor,
     out: Tensor | None,
     scratch: Tensor | None,
@@ -123,6 +157,9 @@ def walk(
     transform: Tensor | None,
     lowest: float,
     highest: float,
+    least_sum: float,
+    trial: Tensor | None,
+    overwrites: bool,
     height: int,
     width: int,
     begin: int,
@@ -132,9 +169,10 @@ def walk(
 
     That is exp(z_j - lse), and -1 for the label, times the slope of the transform; a `factor` of None is -1, or where it is
     `undivided` minus the sum of the row, which spares a pass. Without `out` there are the statistics alone. Without `scratch`,
-    which holds a block in the dtype of the statistics, the computation takes place in `out`. Sums are those of `fill_`.
+    which holds a block in the dtype of the statistics, the computation takes place in `out`; and with it too where that
+    `overwrites` the logits. For the sums, limits and `trial` see `fill_`; without `lead` there may be no maxima.
     """
-    nothing, minus_one = row_max.new_full([1, 1, 1], float("-inf")), row_max.new_full([1, 1, 1], -1.0)
+    minus_one = row_max.new_full([1, 1, 1], -1.0)
     across = (logits.size(2) + width - 1) // width
     # The rows of consecutive blocks are consecutive; margins are for rows to find whose sums are alike.
     of_labels, maxima, sums = label_logit.view(-1), row_max.view(-1), row_sum.view(-1)
@@ -144,7 +182,8 @@ def walk(
         planes, positions = min(height, logits.size(0) - plane), min(width, logits.size(2) - position)
         given = block_of(logits, plane, planes, position, positions)
         result = given if out is None else block_of(out, plane, planes, position, positions)
-        block = result if scratch is None else room_for(scratch, planes, positions)
+        room = result if scratch is None else room_for(scratch, planes, positions)
+        block = result if overwrites else room
         block.copy_(given)
         slope: Tensor | None = None
         if transform is not None:
@@ -155,13 +194,18 @@ def walk(
         total = block_of(row_sum, plane, planes, position, positions)
         shifted = fill_(
             block,
+            room if overwrites else given,
+            transform,
             at,
             block_of(label_logit, plane, planes, position, positions),
             block_of(row_max, plane, planes, position, positions),
             total,
-            nothing,
             lowest,
             highest,
+            least_sum,
+            trial,
+            lead is not None,
+            overwrites,
         )
         if shifted != alike:
             row = row_of(logits, height, width, number)
@@ -178,7 +222,7 @@ def walk(
                 block.mul_(total.clamp(min=0.5).reciprocal_()).scatter_(1, at, minus_one.expand_as(at))
             if slope is not None:
                 block.mul_(slope)
-            if scratch is not None:
+            if scratch is not None and not overwrites:
                 result.copy_(block)
     margins_(of_labels, maxima, sums, lead, margin, alike, first, row_of(logits, height, width, end))
 

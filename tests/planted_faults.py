@@ -1,7 +1,7 @@
 """Break the implementation in one place at a time and see which test notices: `make faults`.
 
-Each fault replaces one line in a copy of the project; the tests run on the copy until one fails. A fault that no test notices
-is printed as such, and the exit status is 1. Slow: not a part of `make test`.
+Each fault replaces one line in a copy of the project; the tests run on the copy until one fails, first the one that noticed it
+last. A fault that no test notices is printed as such, and the exit status is 1. Slow: not a part of `make test`.
 """
 
 import argparse
@@ -15,8 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 KERNELS = "kernels/fused_dm_kernels"
+RESULTS = "bench/results/planted_faults.md"
 
 
 class Fault(NamedTuple):
@@ -174,7 +177,9 @@ FAULTS = [
     Fault("beta and lambd swapped", f"{KERNELS}/densities.py", "return beta * exp(lambd * log_p + log_q)", "return lambd * exp(beta * log_p + log_q)"),
     Fault("parameters in fp32", "fused_dm/_api.py", "        params = torch.tensor(values, dtype=torch.float64, device=device)", "        params = torch.tensor(values, dtype=torch.float32, device=device).double()"),
     # CPU
-    Fault("CPU: label not masked", "fused_dm/_walk.py", "out=label_logit)\n    block.scatter_(1, label, nothing.expand_as(label))\n", "out=label_logit)\n"),
+    Fault("CPU: label not masked", "fused_dm/_walk.py", "        block.scatter_(1, label, row_sum.fill_(-80.0))\n", "        row_sum.fill_(-80.0)\n"),
+    Fault("CPU: label not masked from the maximum", "fused_dm/_walk.py", "    if not has_max:\n        block.scatter_(1, label, row_max.fill_(-math.inf))\n", "    if not has_max:\n"),
+    Fault("CPU: label not masked from the maximum that tells", "fused_dm/_walk.py", "not bool(trial)):\n        block.scatter_(1, label, row_max.fill_(-math.inf))\n", "not bool(trial)):\n"),
     Fault("CPU: the largest label unchecked", "fused_dm/_cpu.py", "if lowest >= 0 and highest < classes:\n        return", "if lowest >= 0:\n        return"),
     Fault("CPU: the smallest label unchecked", "fused_dm/_cpu.py", "if lowest >= 0 and highest < classes:\n        return", "if highest < classes:\n        return"),
     Fault("CPU: last part of the rows dropped", "fused_dm/_cpu.py", "for first in range(0, max(rows, 1), PIECE_ROWS)]", "for first in range(0, max(rows, 1) - PIECE_ROWS + 1, PIECE_ROWS)] or [slice(0, rows)]"),
@@ -211,12 +216,20 @@ FAULTS = [
     Fault("CPU: planes of 16 bits scaled by the first factors", "fused_dm/_walk.py", "factor.narrow(0, number * positions, positions)", "factor.narrow(0, 0, positions)"),
     Fault("CPU: the first part left out for what is done beside", "fused_dm/_cpu.py", "*parts[number - extra]", "*parts[number]"),
     Fault("CPU: a large sum times a large slope", "fused_dm/_cpu.py", "undivided=transform is None, beside", "undivided=True, beside"),
-    Fault("CPU: maxima: small ones not subtracted", "fused_dm/_walk.py", "float(least) >= 0.0 and float(most) <= highest", "float(most) <= highest"),
-    Fault("CPU: maxima: large ones not subtracted", "fused_dm/_walk.py", "float(least) >= 0.0 and float(most) <= highest", "float(least) >= 0.0"),
+    Fault("CPU: maxima: small ones not subtracted", "fused_dm/_walk.py", "float(least) >= least_sum and (float(most)", "(float(most)"),
+    Fault("CPU: maxima: large ones not subtracted", "fused_dm/_walk.py", "(float(most) <= limit or float(block.amax()) <= limit)", "float(most) < math.inf"),
+    Fault("CPU: maxima: a block that has failed not read again", "fused_dm/_walk.py", "        block.copy_(given)\n        if transform", "        if transform"),
+    Fault("CPU: maxima: a block that has failed without its transform", "fused_dm/_walk.py", "        if transform is not None and not overwrites:\n", "        if False:\n"),
+    Fault("CPU: maxima: a block that has failed transformed twice in place", "fused_dm/_walk.py", "        if transform is not None and not overwrites:\n", "        if transform is not None:\n"),
+    Fault("CPU: maxima: logits that are overwritten not kept", "fused_dm/_walk.py", "            given.copy_(block)\n", "            pass\n"),
+    Fault("CPU: maxima: logits that are overwritten taken for others", "fused_dm/_cpu.py", "overwrites = direct and out is not None and out.data_ptr() == self.logits.data_ptr()", "overwrites = False"),
+    Fault("CPU: leads of the first rows alone", "fused_dm/_walk.py", "out=lead.narrow(0, first, count))", "out=lead.narrow(0, 0, count))"),
     Fault("CPU: maxima: too large ones not subtracted", "fused_dm/_cpu.py", "HIGHEST = 24 * math.log(2)", "HIGHEST = 40 * math.log(2)"),
     Fault("CPU: maxima: always subtracted", "fused_dm/_cpu.py", "HIGHEST = 24 * math.log(2)", "HIGHEST = -1.0"),
     Fault("CPU: maxima: margins of blocks that differ", "fused_dm/_walk.py", "        if shifted != alike:\n", "        if False:\n"),
-    Fault("CPU: maxima: left out of the logarithm of the sum", "fused_dm/_walk.py", "sums if shifted else maxima.neg().exp_().mul_(sums)", "sums"),
+    Fault("CPU: maxima: labels far from the others", "fused_dm/_walk.py", "labels.clamp(-40.0, 40.0)", "labels.clone()"),
+    Fault("CPU: maxima: the label left out of the logarithm of the sum", "fused_dm/_walk.py", "by.neg_().exp_().mul_(sums).log_()", "sums.log()"),
+    Fault("CPU: maxima: left out of the margin", "fused_dm/_walk.py", "torch.sub(labels, maxima, out=margins).sub_(sums.log())", "torch.sub(labels, sums.log(), out=margins)"),
     Fault("CPU: divided by the norm before a large dloss", "fused_dm/_operators.py", "            coefficient = coefficient * dvalue\n", "            coefficient, norm = coefficient / norm * dvalue, 1\n"),
     Fault("CPU: dloss taken for 1", "fused_dm/_operators.py", "        elif dvalue != 1:", "        elif dvalue != dvalue:"),
     # Order N
@@ -292,7 +305,7 @@ FAULTS = [
     Fault("in place: dloss not multiplied", f"{KERNELS}/gradient.py", "tl.where(gradient == 0.0, 0.0, gradient * dloss)", "tl.where(gradient == 0.0, 0.0, gradient * 1.0)"),
     Fault("in place: the first rows multiplied for all", f"{KERNELS}/gradient.py", "own_positions(tl.program_id(0) // spans, D, BLOCK_N)", "own_positions(tl.program_id(0) * 0, D, BLOCK_N)"),
     Fault("in place: a row of 0 becomes nan for an infinite dloss", f"{KERNELS}/gradient.py", "gradient = tl.where(gradient == 0.0, 0.0, gradient * dloss)", "gradient = gradient * dloss"),
-    Fault("in place, CPU: the label read after it was overwritten", "fused_dm/_walk.py", "    torch.gather(block, 1, label, out=label_logit)\n    block.scatter_(1, label, nothing.expand_as(label))\n", "    block.scatter_(1, label, nothing.expand_as(label))\n    torch.gather(block, 1, label, out=label_logit)\n"),
+    Fault("in place, CPU: the label read after it was overwritten", "fused_dm/_walk.py", "        block.scatter_(1, label, row_sum.fill_(-80.0))\n", "        block.scatter_(1, label, row_sum.fill_(-80.0))\n        torch.gather(block, 1, label, out=label_logit)\n"),
     Fault("in place: a later use goes unnoticed", "fused_dm/_operators.py", "    _Overwritten.apply(logits)\n", "    pass\n"),
     Fault("in place: leaf tensors accepted", "fused_dm/_validation.py", "    if logits.is_leaf:", "    if False:"),
     Fault("in place: overlapping rows accepted", "fused_dm/_validation.py", "logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:", "logits.shape[0] > 1 and False:"),
@@ -491,8 +504,13 @@ def broken(fault: Fault) -> str:
     return text.replace(fault.right, fault.wrong)
 
 
-def catcher(fault: Fault) -> str | None:
-    """The first test that fails with the fault in place."""
+def noticed() -> dict[str, str]:
+    """By the names of the faults the tests that noticed them last."""
+    return dict(re.findall(r"^\| (.+?) \| `(.+)` \|$", (ROOT / RESULTS).read_text(), re.MULTILINE))
+
+
+def catcher(fault: Fault, last: str | None = None) -> str | None:
+    """The first test that fails with the fault in place, of which `last` is tried first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plant(fault, folder)
@@ -500,10 +518,11 @@ def catcher(fault: Fault) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         first = [test for start, tests in FIRST.items() if fault.name.startswith(start) for test in tests]
         # File by file, as collecting them all takes longer than most faults survive.
-        for test in dict.fromkeys(first + TESTS):
+        files = [f"{test}.py" for test in dict.fromkeys(first + TESTS)]
+        for test in [last, *files] if last else files:
             try:
                 done = subprocess.run(
-                    [*command, f"tests/{test}.py"],
+                    [*command, f"tests/{test}"],
                     cwd=folder,
                     env=environment,
                     capture_output=True,
@@ -512,7 +531,9 @@ def catcher(fault: Fault) -> str | None:
                     timeout=LONGEST,
                 )
             except subprocess.TimeoutExpired:
-                return f"{test}.py, which had not ended after {LONGEST // 60} minutes"
+                return f"{test}, which had not ended after {LONGEST // 60} minutes"
+            if test == last and done.returncode != pytest.ExitCode.TESTS_FAILED:
+                continue  # It may have another name now.
             if done.returncode != 0:
                 failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", done.stdout, re.MULTILINE)
                 return failed[1] if failed else done.stdout[-300:] + done.stderr[-300:]
@@ -528,9 +549,10 @@ def main() -> int:
     arguments = parser.parse_args()
     faults = [fault for fault in FAULTS if arguments.only in fault.name][arguments.skip :]
     lines = ["| fault | noticed by |", "|---|---|"]
-    missed = 0
+    missed, last = 0, noticed()
     with ThreadPoolExecutor(arguments.processes) as pool:
-        for fault, test in zip(faults, pool.map(catcher, faults), strict=True):
+        tests = pool.map(catcher, faults, [last.get(fault.name) for fault in faults])
+        for fault, test in zip(faults, tests, strict=True):
             missed += test is None
             lines.append(f"| {fault.name} | {f'`{test}`' if test else 'NOT NOTICED'} |")
             print(lines[-1], flush=True)

@@ -124,7 +124,7 @@ class TestSpatial:
 
         logits, target = torch.randn(shape), torch.randint(shape[1], (shape[0], shape[2]))
         with Sizes():
-            *_, dlogits = _cpu.undivided_direction(logits, target.reshape(-1), -100)
+            *_, dlogits = _cpu.undivided_direction(logits, target.reshape(-1), -100, leads=False)
             _cpu.scale_rows_(dlogits, torch.ones(target.numel()))
         own = {logits.untyped_storage().data_ptr(), dlogits.untyped_storage().data_ptr()}
         large = [size for size in sizes if size[0] not in own and size[1] > max(4 * 2000, 8 * target.numel())]
@@ -162,6 +162,17 @@ def test_a_weight_that_overflows_times_a_value_of_0_is_0():
     assert (loss - truth.loss).abs() <= truth.allowed["loss"]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_that_overflows_beside_a_finite_value(sign):
+    """c w(p) is 3.6e38 at p = 0.4, which fp32 has not, but c f(p) and c w(p) / D are in its range."""
+    logits, target = torch.tensor([[0.4, 0.6], [0.5, 0.5]]).log(), torch.tensor([0, 0])
+    options = {"reduction": "sum", "normalizer": 1e30, "sample_weight": torch.tensor([3e38 * sign, 1.0])}
+    truth = expected(logits, target, edf.CCE(), **options)
+    assert truth.loss.isfinite()
+    assert truth.dlogits.isfinite().all()
+    check(*run("cpu", logits, target, edf.CCE(), **options), truth)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("planes", [1, 3])
@@ -193,21 +204,47 @@ class TestMaxima:
         return Batch(logits.to(dtype), target)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 100.0}, {"logit_scale": 1.5}], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"reduction": "none"}, {"softcap": 100.0}, {"logit_scale": 1.5}, {"ignore_index": 3}],
+        ids=str,
+    )
     def test_whichever_way_a_block_goes(self, dtype, options):
-        batch = self.batch(dtype, (-300.0, -1.0, 0.0, 8.0, 20.0, 60.0, 95.0))
-        for emphasis in (DM, edf.CCE()):
+        batch = self.batch(dtype, (-300.0, -5.0, -1.0, 0.0, 8.0, 20.0, 60.0, 95.0))
+        if "ignore_index" in options:
+            assert (batch.target == 3).any()
+        for emphasis in (DM, edf.CCE(), DM.log_weight):
             check(*run("cpu", *batch, emphasis, **options), expected(*batch, emphasis, **options))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("offset", [5.0, 20.0, -20.0])
-    def test_the_norm_tells_which_way(self, dtype, offset):
+    @pytest.mark.parametrize("leads", [False, True])
+    @pytest.mark.parametrize("offset", [5.0, 20.0, -3.0, -20.0])
+    def test_the_norm_tells_which_way(self, dtype, offset, leads):
         logits, target = self.batch(dtype, (offset,))
         others = logits.double().scatter(1, target[:, None], -torch.inf)
-        norm = _cpu.undivided_direction(logits, target, -100)[2].double()
-        shifted = (torch.arange(100) >= 50) | (offset != 5)
+        norm = _cpu.undivided_direction(logits, target, -100, leads)[2].double()
+        assert others.exp().sum(1)[:50].aminmax().min > _cpu.LEAST_SUM or offset == -20
+        shifted = (torch.arange(100) >= 50) | (abs(offset) == 20)
         sums = torch.where(shifted, (others - others.amax(1, keepdim=True)).exp().sum(1), others.exp().sum(1))
         torch.testing.assert_close(norm, sums, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("upstream", [1.0, 1e4])
+    @pytest.mark.parametrize("sum_", [1.01, 0.99])
+    def test_sums_about_the_least(self, dtype, upstream, sum_):
+        """Exponentials that have lost digits below the range of fp32 are divided by a sum far below 1."""
+        others = torch.linspace(-100, -70, self.CLASSES - 2, dtype=torch.float64)
+        largest = torch.tensor([_cpu.LEAST_SUM * sum_], dtype=torch.float64).log()
+        logits = torch.cat([largest, others, largest]).repeat(50, 1).to(dtype)
+        target = torch.full((50,), self.CLASSES - 1)
+        norm = _cpu.undivided_direction(logits, target, -100, leads=False)[2]
+        assert (norm == 1).all() == (logits[0, 0].exp() < _cpu.LEAST_SUM)
+        options = {"reduction": "sum", "normalizer": 1.0}
+        upstream = torch.tensor(upstream)
+        check(
+            *run("cpu", logits, target, edf.CCE(), upstream, **options),
+            expected(logits, target, edf.CCE(), upstream, **options),
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(("shape", "again"), [((100, 80), False), ((4, 80, 25), False), ((100, 80), True)])
@@ -236,18 +273,43 @@ class TestMaxima:
         compare("dlogits", as_rows(dlogits) if len(shape) == 3 else dlogits, truth.dlogits, truth.allowed["dlogits"])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_same_bits_whatever_is_asked_for(self, dtype):
-        batch = self.batch(dtype, (0.0, 30.0))
+    @pytest.mark.parametrize("offsets", [(0.0, 30.0), (-3.0,), (-3.0, -7.0, 12.0, 13.0)])
+    @pytest.mark.parametrize("transform", [{}, {"softcap": 50.0}], ids=str)
+    def test_same_bits_whatever_is_asked_for(self, dtype, offsets, transform):
+        batch = self.batch(dtype, offsets)
         leaf = batch[0].requires_grad_()
-        loss = dm_loss(leaf, batch[1], DM)
+        loss = dm_loss(leaf, batch[1], DM, **transform)
         (dlogits,) = torch.autograd.grad(loss, leaf)
         for options in ({"return_output": True}, {"inplace": True}):
-            other = dm_loss(leaf * 1, batch[1], DM, **options)
+            other = dm_loss(leaf * 1, batch[1], DM, **options, **transform)
             value = other.loss if "return_output" in options else other
             assert torch.equal(value, loss)
             assert torch.equal(torch.autograd.grad(value, leaf)[0], dlogits)
         with torch.no_grad():
-            assert torch.equal(dm_loss(leaf, batch[1], DM), loss)
+            assert torch.equal(dm_loss(leaf, batch[1], DM, **transform), loss)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("by", [-200.0, -8.0, 18.0, 80.0, 400.0])
+    def test_one_row_decides(self, dtype, by):
+        """The others are such that none of their block's maxima need be subtracted."""
+        logits, target = make(100, self.CLASSES, torch.float64)
+        logits[61] += by
+        logits = logits.to(dtype)
+        others = logits.double().scatter(1, target[:, None], -torch.inf)
+        assert (others[61].exp().sum() < _cpu.LEAST_SUM) == (by < 0)
+        norm = _cpu.undivided_direction(logits, target, -100, leads=False)[2]
+        sums = torch.where(torch.arange(100) >= 50, (others - others.amax(1, keepdim=True)).exp().sum(1), others.exp().sum(1))
+        torch.testing.assert_close(norm.double(), sums, rtol=1e-5, atol=0)
+        for emphasis in (edf.CCE(), DM):
+            check(*run("cpu", logits, target, emphasis), expected(logits, target, emphasis))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_labels_far_from_the_others(self, dtype):
+        logits, target = make(100, self.CLASSES, torch.float64)
+        far = torch.tensor([-150.0, -60.0, -41.0, -39.0, 39.0, 41.0, 60.0, 150.0]).double().repeat(13)[:100]
+        logits = logits.scatter(1, target[:, None], far[:, None]).to(dtype)
+        for emphasis in (edf.CCE(), DM):
+            check(*run("cpu", logits, target, emphasis), expected(logits, target, emphasis))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -524,12 +586,13 @@ def test_a_large_scale_of_the_logits():
     check(*run("cpu", logits, target, edf.CCE(), **options), expected(logits, target, edf.CCE(), **options))
 
 
+@pytest.mark.parametrize("reduction", ["sum_weight", "none"])
 @pytest.mark.parametrize("eps", [1e-46, 1e-300])
-def test_eps_that_fp32_has_not(eps):
+def test_eps_that_fp32_has_not(eps, reduction):
     """It is 0 there, and q / (2 q + eps) was 0 / 0 for a label far above the rest."""
     logits = torch.tensor([[200.0, 0.0], [0.0, 1.0]])
     target = torch.tensor([0, 0])
-    _, dlogits = run("cpu", logits, target, DM, eps=eps)
+    _, dlogits = run("cpu", logits, target, DM, eps=eps, reduction=reduction)
     assert dlogits.isfinite().all()
 
 

@@ -45,9 +45,9 @@ def operators(dtype, impl, **shape):
     if impl == "cpu":
         value = margins.new_ones(()).requires_grad_(False)
         yield _operators.attach_to_margin, (margins.clone().requires_grad_(), value, coefficient)
-        yield _operators.cpu_direction, (plain, target, -100)
-        yield _operators.cpu_direction_, (plain.clone(), target, -100)
-        direction = _operators.cpu_direction(plain, target, -100)[3]
+        yield _operators.cpu_direction, (plain, target, -100, True)
+        yield _operators.cpu_direction_, (plain.clone(), target, -100, False)
+        direction = _operators.cpu_direction(plain, target, -100, False)[3]
         yield _operators.scale_rows_, (direction.clone(), coefficient, coefficient.clone(), torch.ones(()), True)
         yield _operators.attach_direction, (logits, value, direction, coefficient, coefficient.clone(), True)
         return
