@@ -268,6 +268,10 @@ def are_moderate(margins: Tensor) -> bool:
     return float(torch.dot(margins, margins)) < 1e30
 
 
+def number(tensor: Tensor) -> float:
+    return float(tensor)
+
+
 def numbers(tensor: Tensor) -> list[float]:
     return cast(list[float], tensor.tolist())
 
@@ -275,6 +279,11 @@ def numbers(tensor: Tensor) -> list[float]:
 def rounded(number: float, dtype: torch.dtype) -> float:
     """The nearest number that fp64 or fp32 has."""
     return number if dtype == torch.float64 else ctypes.c_float(number).value
+
+
+def exp(number: float) -> float:
+    """Of any number, as torch's."""
+    return math.exp(number) if number < 700 else math.inf
 
 
 def is_between(number: Tensor, least: float, most: float) -> bool:
@@ -377,11 +386,11 @@ def weigh(
     sign: Tensor | None,
     row_weight: Tensor | None,
     eps: float,
-    top: Tensor,
+    top: float,
     absolute: bool,
     has_loss: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of the weights and of the values, 0-d fp64, and coefficients (N,): see `_walk.weigh`.
+) -> tuple[float, float, Tensor]:
+    """Sums of the weights and of the values, and coefficients (N,): see `_walk.weigh`.
 
     The sums do not depend on the number of threads.
     """
@@ -389,7 +398,7 @@ def weigh(
     sums = log_weight.new_empty((2, -(-len(log_weight) // STEP_ROWS)), dtype=torch.float64)
     given = (log_weight, log_q, value, sign, row_weight, eps, top, absolute, has_loss, coefficient, sums, STEP_ROWS)
     _by_steps(len(log_weight), lambda begin, end: walks().weigh(*given, begin, end))
-    weights, values = sums.sum(1).unbind()
+    weights, values = numbers(sums.sum(1))
     return weights, values, coefficient
 
 
@@ -437,10 +446,10 @@ def _new_gradient(logits: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         return out, None
     start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (out.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    _advise(start, length, mmap.MADV_HUGEPAGE)
     # The request takes its time where an allocator has kept the pages, as a few of them show.
     if all(_is_there(start + length * part // 4 // mmap.PAGESIZE * mmap.PAGESIZE) for part in range(4)):
         return out, None
+    _advise(start, length, mmap.MADV_HUGEPAGE)
 
     def populate() -> None:
         for done in range(0, length, HUGE_PAGE):
@@ -504,14 +513,8 @@ def _range(target: Tensor) -> tuple[int, int]:
 # ---- The passes
 
 
-def _are_central(logits: Tensor) -> bool:
-    """Whether a few of the logits (B, V, P) promise that no maximum needs to be subtracted from them."""
-    maxima = sorted(numbers(logits[:: max(1, len(logits) // 8), :512, 0].amax(1)))
-    return 0 <= maxima[len(maxima) // 2] <= HIGHEST
-
-
 class _Pass:
-    """Labels and row statistics of one walk over the logits; leads, and maxima throughout, only where they are wanted."""
+    """Labels and row statistics of one walk over the logits; leads only where they are wanted."""
 
     def __init__(
         self, logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None, leads: bool = True
@@ -520,7 +523,7 @@ class _Pass:
         self.label, self.valid = checked_labels(target.long(), logits.shape[1], ignore_index)
         # Row by row what a matrix without classes has, if that is what it is.
         least = torch.finfo(self.dtype).min
-        self.row_max, self.row_sum, self.label_logit, self.margin, *lead = (
+        self.row_shift, self.row_sum, self.label_logit, self.margin, *lead = (
             logits.new_empty(target.shape, dtype=self.dtype)
             if logits.numel()
             else logits.new_full(target.shape, value, dtype=self.dtype)
@@ -545,9 +548,10 @@ class _Pass:
         logits = _planes(self.logits)
         gradient = None if out is None else _planes(out)
         rows = (logits.shape[0], 1, logits.shape[2])
-        label, label_logit, row_max, row_sum = (
-            values.view(rows) for values in (self.label, self.label_logit, self.row_max, self.row_sum)
+        label, label_logit, row_shift, row_sum = (
+            values.view(rows) for values in (self.label, self.label_logit, self.row_shift, self.row_sum)
         )
+        lead = None if self.lead is None else self.lead.view(rows)
         factors = None if factor is None else factor.detach().contiguous().view(rows)
         # Whole rows in the dtype of the statistics are computed where they lie. Strided ones are faster computed elsewhere.
         direct = out is not None and out.dim() == 2 and out.dtype == self.dtype
@@ -555,18 +559,17 @@ class _Pass:
         overwrites = direct and out is not None and out.data_ptr() == self.logits.data_ptr()
         trial = None
         if tries and logits.shape[1] >= SEVERAL and logits.numel():
-            # With a transform it would be applied twice to blocks that fail.
-            trial = torch.tensor(self.transform is None and _are_central(logits), device="cpu")
+            # A transform would be applied twice to blocks that fail.
+            trial = torch.tensor(self.transform is None, device="cpu")
 
         def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
             walks().walk(
                 logits,
                 label,
                 label_logit,
-                row_max,
+                row_shift,
                 row_sum,
-                self.lead,
-                self.margin,
+                lead,
                 gradient,
                 scratch,
                 factors,
@@ -584,6 +587,9 @@ class _Pass:
             )
 
         _run(logits, work, None if direct and not (overwrites and tries) else self.dtype, beside)
+        if logits.numel():
+            given = (self.label_logit, self.row_shift, self.row_sum, self.margin, STEP_ROWS)
+            _by_steps(len(self.margin), lambda begin, end: walks().margins(*given, begin, end))
 
     def margins(self) -> Tensor:
         """The rows' margin, nan for ignored rows and for a label at +inf."""
@@ -598,10 +604,10 @@ class _Pass:
 
 
 def margin(logits: Tensor, target: Tensor, ignore_index: int, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Margins (N,) and row statistics (3, N): max, a sum that is 0 where no other class has any probability, lead."""
+    """Margins (N,) and row statistics (3, N): m, the sum of exp(z_j - m), 0 where no other class has any probability, lead."""
     walk = _Pass(logits, target, ignore_index, transform)
     walk.run(None)
-    return walk.margins(), torch.stack([walk.row_max, walk.row_sum, cast(Tensor, walk.lead)])
+    return walk.margins(), torch.stack([walk.row_shift, walk.row_sum, cast(Tensor, walk.lead)])
 
 
 def direction(
@@ -655,10 +661,10 @@ def _zero_rows_(matrix: Tensor, zero: Tensor) -> None:
         matrix.masked_fill_(zero.view(matrix.shape[0], 1, matrix.shape[2]), 0.0)
 
 
-def scale_rows_(matrix: Tensor, factor: Tensor, finite: bool = False) -> None:
+def scale_rows_(matrix: Tensor, factor: Tensor, norm: Tensor | None = None) -> None:
     """Multiply each row of `matrix` by its factor (N,), rounding once; a factor of 0 gives 0 whatever the row holds.
 
-    `finite` tells that no row holds nan or inf.
+    A finite sum of `norm` (N,) tells that no row holds nan or inf.
     """
     factor = factor.detach().contiguous()
     if not len(factor):
@@ -677,7 +683,9 @@ def scale_rows_(matrix: Tensor, factor: Tensor, finite: bool = False) -> None:
 
         _run(planes, work, None if same else factor.dtype)
     # The least tells it mostly, and counting takes half as long as finding them.
-    if not finite and not least > 0 and factor.count_nonzero() < len(factor):
+    if least > 0 or (norm is not None and math.isfinite(norm.sum())):
+        return
+    if factor.count_nonzero() < len(factor):
         _zero_rows_(matrix, factor == 0)
 
 

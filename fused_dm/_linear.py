@@ -137,7 +137,8 @@ def _loss(call: _Call) -> tuple[Tensor, Received | None, Tensor]:
         )
         margin, lead, reference_log, *gradients = results
         found = of_margins(problem, margin, keep_weights=problem.return_output)
-        factor = unit * torch.exp((reference_log - found.totals.log_scale).double()) / found.totals.divisor
+        totals = found.totals()
+        factor = unit * torch.exp((reference_log - totals.log_scale).double()) / totals.divisor
         if problem.normalizer is not None:
             # Gradients of 0, divided by a 0 that says that no row counts.
             counts = target != ignore_index if weight is None else weight != 0
@@ -165,7 +166,7 @@ def _loss(call: _Call) -> tuple[Tensor, Received | None, Tensor]:
             loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
         return loss, None, skipped
-    return loss, received(problem, margin.detach(), lead, *weights_of(found), found.totals), skipped
+    return loss, received(problem, margin.detach(), lead, *weights_of(found), found.totals()), skipped
 
 
 def _compute(

@@ -165,10 +165,11 @@ class OfMargins(NamedTuple):
     """What follows from the margins of all rows: the loss, the divisor, and numbers of the rows, in parts."""
 
     loss: Tensor  # () or (N,)
-    totals: Totals
+    totals: Callable[[], Totals]
     weights_of_parts: list[Weights]  # unless they were not to be kept
     undivided: list[Tensor]  # the coefficients, times the divisor and relative to a weight of the part's own; fp64 out of range
     factors: list[Tensor] | None  # by part what to multiply them by; None where the divisor alone is missing
+    divisor: float | None = None  # as a number, where it is known as one and is an ordinary one
 
 
 def weights_of(found: OfMargins) -> Weights:
@@ -181,14 +182,16 @@ def coefficients_of(found: OfMargins, dtype: torch.dtype) -> Tensor:
 
     A row that does not count, and one whose weight is 0, has 0 whatever the divisor is.
     """
+    if found.divisor is not None:
+        return _joined(found.undivided) / found.divisor
     if found.factors is None:
-        undivided, divisor = _joined(found.undivided), found.totals.divisor
+        undivided, divisor = _joined(found.undivided), found.totals().divisor
         if undivided.dtype == dtype:
             coefficient = undivided / divisor.to(dtype)
         else:
             coefficient = (undivided / rounded_in_range(divisor, dtype)).to(dtype)
         return coefficient if _is_ordinary(divisor) else coefficient.masked_fill_(undivided == 0, 0.0)
-    ordinary = _is_ordinary(found.totals.divisor)
+    ordinary = _is_ordinary(found.totals().divisor)
     sizes = [len(part) for part in found.undivided]
     coefficient = found.undivided[0].new_empty(sum(sizes))
     for part, factor, out in zip(found.undivided, found.factors, coefficient.split(sizes), strict=True):
@@ -217,15 +220,13 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
     moderate = eager and _cpu.are_moderate(margin)
     weight = row_weights(problem, all_valid=moderate)
     normalizer = _normalizer(problem, weight)
-    ordinary = None
     # A function of the user's may change what it is given, which is used again there.
     if eager and emphasis.family in CATALOGUE:
-        ordinary = _ordinary_part(problem, margin, moderate, weight, normalizer, keep_weights)
-    if ordinary:
-        parts = [ordinary]
-    else:
-        of = _any_part(problem, margin, weight, normalizer, keep_weights, eager)
-        parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
+        found = _of_ordinary_margins(problem, margin, moderate, weight, normalizer, keep_weights)
+        if found:
+            return found
+    of = _any_part(problem, margin, weight, normalizer, keep_weights, eager)
+    parts = _cpu.each(of, _cpu.pieces(margin.numel()) if eager else [slice(None)])
     by_row, has_loss = problem.reduction == "none", emphasis.loss is not None
     undivided, values = [part.coefficients for part in parts], [part.values for part in parts]
     kept = [part.kept for part in parts if part.kept is not None]
@@ -242,24 +243,26 @@ def of_margins(problem: Problem, margin: Tensor, keep_weights: bool = True) -> O
         if normalizer is None and not has_loss:
             values = [rescaled_values(part.values, share) for part, share in zip(parts, shares, strict=True)]
     if by_row:
-        return OfMargins(_joined(values), totals, kept, undivided, factors)
+        return OfMargins(_joined(values), lambda: totals, kept, undivided, factors)
     total = _folded(values, torch.sum)
     if has_loss:
         total = total * torch.exp(-totals.log_scale.double())
-    value = total / totals.divisor if problem.normalizer is None else quotient(total, totals.divisor)
-    return OfMargins(value.to(margin.dtype), totals, kept, undivided, factors)
+    return OfMargins(quotient(total, totals.divisor).to(margin.dtype), lambda: totals, kept, undivided, factors)
 
 
-def _ordinary_part(
+def _of_ordinary_margins(
     problem: Problem,
     margin: Tensor,
     moderate: bool,
     weight: Tensor | None,
     normalizer: Tensor | None,
     keep_weights: bool,
-) -> _Part | None:
-    """All rows, where those that count have finite numbers: on a CPU, where that can be seen, it spares most of the passes."""
-    emphasis = problem.emphasis
+) -> OfMargins | None:
+    """The same where the rows that count have finite numbers, else None. Where that can be seen, it spares most of the passes.
+
+    What the batch has one of is a Python number, as a torch call takes longer than its computation.
+    """
+    emphasis, has_loss, relative = problem.emphasis, problem.emphasis.loss is not None, normalizer is None
     if problem.reduction == "none" or not len(margin):
         return None
     if normalizer is not None and not _cpu.is_between(normalizer, *PLAIN_DIVISOR):
@@ -270,29 +273,44 @@ def _ordinary_part(
     eps, *params = _cpu.numbers(emphasis.params)
     log_p, log_q = _cpu.logarithms(counted.margin)
 
-    def of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def of(rows: slice) -> tuple[Tensor, Tensor, float]:
         p, q = log_p[rows], log_q[rows]
         log_weights = emphasis.log_weight(p, q, *params)
         # An EDF of the catalogue returns a tensor of its own, and memory counts where there are more rows than classes.
         values = p.neg_() if emphasis.loss is None else emphasis.loss(p, q, *params)
         if counted.log_size is not None:
             log_weights = log_weights + counted.log_size[rows]
-        return log_weights, values, log_weights.amax()
+        return log_weights, values, _cpu.number(log_weights.amax())
 
     log_weights, values_of_parts, tops = map(list, zip(*_cpu.each(of, _cpu.pieces(len(margin))), strict=True))
-    log_w, top = _joined(log_weights), _folded(tops, torch.amax).clamp(min=LOG_FLOOR)
-    value = log_p if emphasis.loss is None else _joined(values_of_parts)
+    # Not so for nan.
+    if not all(top < (math.inf if relative else FINITE_EXP) for top in tops):
+        return None
+    top = max(_cpu.rounded(LOG_FLOOR, margin.dtype), *tops)
+    log_w, value = _joined(log_weights), _joined(values_of_parts) if has_loss else log_p
     del log_weights, values_of_parts
-    if not _cpu.is_below(top, math.inf if normalizer is None else FINITE_EXP):
-        return None
     row_weight = counted.sign if weight is None else weight
-    options = (_cpu.rounded(eps, margin.dtype), top, normalizer is not None, emphasis.loss is not None)
-    weights, values, coefficient = _cpu.weigh(log_w, log_q, value, counted.sign, row_weight, *options)
+    options = (_cpu.rounded(eps, margin.dtype), top, not relative, has_loss)
+    weights, total, coefficient = _cpu.weigh(log_w, log_q, value, counted.sign, row_weight, *options)
+    weights += math.exp(LOG_FLOOR - top)
+    divisor = weights if normalizer is None else _cpu.number(normalizer)
     # An infinite value of the row whose margin the others have been given is nan times 0.
-    if not _cpu.is_below(values, math.inf):
+    if not (math.isfinite(total) and ORDINARY[0] <= abs(divisor) <= ORDINARY[1]):
         return None
-    sign = margin.new_ones(()).expand_as(margin) if counted.sign is None else counted.sign
-    return _Part(Weights(log_w, sign) if keep_weights else None, top, weights, values, coefficient)
+    if relative and has_loss:
+        total *= math.exp(-top)
+    numbers = (top if relative else 0.0, divisor, weights * _cpu.exp(top))
+    kept = []
+    if keep_weights:
+        kept = [Weights(log_w, margin.new_ones(()).expand_as(margin) if counted.sign is None else counted.sign)]
+    return OfMargins(
+        margin.new_tensor(total / divisor),
+        lambda: Totals(*margin.new_tensor(numbers, dtype=torch.float64).unbind()),
+        kept,
+        [coefficient],
+        None,
+        divisor,
+    )
 
 
 def _any_part(
@@ -361,7 +379,7 @@ def margin_loss(problem: Problem, impl: str) -> Result:
         loss = _operators.attach_to_margin(margin, loss, -coefficient)
     if not problem.return_output:
         return Result(loss)
-    return Result(loss, received(problem, margin.detach(), lead, *weights_of(found), found.totals))
+    return Result(loss, received(problem, margin.detach(), lead, *weights_of(found), found.totals()))
 
 
 def triton_loss(problem: Problem) -> Result:

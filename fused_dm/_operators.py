@@ -304,14 +304,13 @@ def scale_rows_(matrix: Tensor, coefficient: Tensor, norm: Tensor, dvalue: Tenso
     """
     # A forked child would wait for threads that it has not, were there a call outside.
     with _cpu.calm():
-        finite = dvalue.dim() == 0 and math.isfinite(dvalue)
-        if not finite:
+        by = _cpu.number(dvalue) if dvalue.dim() == 0 else math.nan
+        if not math.isfinite(by):
             coefficient = _times(coefficient, dvalue)
-        elif dvalue != 1:
-            coefficient = coefficient * dvalue
+        elif by != 1:
+            coefficient = coefficient * by
         # The norm comes last: a coefficient divided by it may have no digits before it meets a large `dvalue`.
-        factor = coefficient / norm
-        _cpu.scale_rows_(matrix, factor, finite=shows and math.isfinite(norm.sum()))
+        _cpu.scale_rows_(matrix, coefficient / norm, norm if shows else None)
 
 
 @operator("fused_dm::scaled_rows2")

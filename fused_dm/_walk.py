@@ -50,106 +50,96 @@ def fill_(
     transform: Tensor | None,
     label: Tensor,
     label_logit: Tensor,
-    row_max: Tensor,
+    row_shift: Tensor,
     row_sum: Tensor,
+    lead: Tensor | None,
     lowest: float,
     highest: float,
     least_sum: float,
     trial: Tensor | None,
-    wants_max: bool,
     overwrites: bool,
-) -> bool:
-    """Turn a block of logits into exp(z - max) over all classes but the label, and note the rows' statistics.
+    first: bool,
+) -> None:
+    """Turn a block of logits into exp(z - m) over all classes but the label, and note m, the sums, and leads z_y - max.
 
-    Or into exp(z), which spares one pass or two: then the answer is False, and maxima are noted only if they are wanted. That
-    is so where no sum is below `least_sum` and no exponential above exp(`highest`). It is tried and seen. `trial`, which all
-    blocks share, is True until one has failed; after that, maxima tell most of those in advance that would. It is None where
-    no block is to try. Where the block `overwrites` the logits, `given` is memory to keep them in meanwhile, else it is what
-    they are had from again.
+    m is the maximum, or 0, which spares one pass or two: where no sum is below `least_sum` and no exponential above
+    exp(`highest`). It is tried and seen. `trial`, which all blocks share, is True until one has failed, or a row of a `first`
+    block looks as if it would; after that, maxima tell most of those in advance. It is None where no block is to try. Where the
+    block `overwrites` the logits, `given` is memory to keep them in meanwhile, else it is what they are had from again.
 
     The labels' entries are left to the caller. `lowest` is the lowest finite number.
     """
     torch.gather(block, 1, label, out=label_logit)
     tries = trial is not None
-    has_max = False
-    if trial is not None and (wants_max or not bool(trial)):
-        block.scatter_(1, label, row_max.fill_(-math.inf))
-        torch.amax(block, 1, keepdim=True, out=row_max)
-        has_max = True
-        least, most = torch.aminmax(row_max)
+    has_max = lead is not None
+    if trial is not None and not has_max:
+        has_max = not bool(trial)
+        if first and not has_max:
+            # Torch's exp is ten times slower where its result leaves the range.
+            block.scatter_(1, label, row_sum.fill_(-80.0))
+            most_of_one = float(block[0, :, 0].amax())
+            has_max = not (most_of_one >= 0.0 and most_of_one <= highest)
+            if has_max:
+                trial.fill_(False)
+    if has_max:
+        block.scatter_(1, label, row_shift.fill_(-math.inf))
+        torch.amax(block, 1, keepdim=True, out=row_shift)
+        if lead is not None:
+            torch.sub(label_logit, row_shift, out=lead)
+        least, most = torch.aminmax(row_shift)
         # Not so for nan.
-        tries = float(least) >= math.log(least_sum / block.size(1)) - 0.01 and float(most) <= highest + 0.01
+        tries = tries and float(least) >= math.log(least_sum / block.size(1)) - 0.01 and float(most) <= highest + 0.01
+        if tries and float(least) < 0.0 and row_shift.numel() > 8:
+            tries = float(block[0, :, 0].exp().sum()) > 0.99 * least_sum
     if tries:
+        # Of the label, exp(-80) is nothing beside such sums, and larger numbers would take digits from them. Torch's exp is as
+        # slow where it meets -inf; and a scatter of as many numbers is faster than one of a number, if there are many.
+        block.scatter_(1, label, row_sum.fill_(-80.0))
         if overwrites:
             given.copy_(block)
-        # Of the label, exp(-80) is nothing beside such sums, and larger numbers would take digits from them. Torch's exp is ten
-        # times slower where it meets -inf; and a scatter of as many numbers is faster than one of a number, if there are many.
-        block.scatter_(1, label, row_sum.fill_(-80.0))
         torch.sum(block.exp_(), 1, keepdim=True, out=row_sum)
         least, most = torch.aminmax(row_sum)
         limit = math.exp(highest)
         if float(least) >= least_sum and (float(most) <= limit or float(block.amax()) <= limit):
-            return False
+            row_shift.zero_()
+            return
         if trial is not None:
             trial.fill_(False)
         block.copy_(given)
         if transform is not None and not overwrites:
             transform_(block, transform, None)
     if not has_max:
-        block.scatter_(1, label, row_max.fill_(-math.inf))
-        torch.amax(block, 1, keepdim=True, out=row_max)
+        block.scatter_(1, label, row_shift.fill_(-math.inf))
+        torch.amax(block, 1, keepdim=True, out=row_shift)
     # -inf less the lowest number is still -inf, where -inf less -inf is nan.
-    row_max.clamp_(min=lowest)
+    row_shift.clamp_(min=lowest)
     # The label's entry becomes exp(0) = 1 and is taken off again.
-    block.scatter_(1, label, row_max)
-    block.sub_(row_max)
+    block.scatter_(1, label, row_shift)
+    block.sub_(row_shift)
     # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
     torch.sum(block.exp_(), 1, keepdim=True, out=row_sum).sub_(1)
-    return True
 
 
-def row_of(matrix: Tensor, height: int, width: int, number: int) -> int:
-    """The first row of a block, or how many there are before the one behind the last."""
-    across = (matrix.size(2) + width - 1) // width
-    return min(number // across * height * matrix.size(2) + number % across * width, matrix.size(0) * matrix.size(2))
-
-
-def margins_(
-    label_logit: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    lead: Tensor | None,
-    margin: Tensor,
-    shifted: bool,
-    first: int,
-    last: int,
-) -> None:
-    """Fill margins z_y - log sum exp(z_j) and, unless None, leads z_y - max of rows `first` to `last`, of (N,) each.
-
-    The sums are those of exp(z_j - max) if they are `shifted`, else of exp(z_j).
-    """
-    count = last - first
-    labels, sums, margins = label_logit.narrow(0, first, count), row_sum.narrow(0, first, count), margin.narrow(0, first, count)
-    maxima = row_max.narrow(0, first, count)
-    if shifted:
-        torch.sub(labels, maxima, out=margins).sub_(sums.log())
-    else:
-        # -log(sum exp(z_j) exp(-z_y)), as a difference of logarithms loses digits; the further off z_y is, the fewer matter.
-        by = labels.clamp(-40.0, 40.0)
-        torch.sub(labels, by, out=margins)
-        margins.sub_(by.neg_().exp_().mul_(sums).log_())
-    if lead is not None:
-        torch.sub(labels, maxima, out=lead.narrow(0, first, count))
+def margins(label_logit: Tensor, row_shift: Tensor, row_sum: Tensor, margin: Tensor, step: int, begin: int, end: int) -> None:
+    """Fill margins z_y - m - log sum exp(z_j - m), (N,) as what they are made of, in steps `begin` to `end` of `step` rows."""
+    for number in range(begin, end):
+        first = number * step
+        count = min(step, margin.size(0) - first)
+        margins = margin.narrow(0, first, count)
+        # -log(sum exp(z_j - m) exp(m - z_y)), as a difference of logarithms loses digits; the fewer, the further off z_y is.
+        lead = label_logit.narrow(0, first, count) - row_shift.narrow(0, first, count)
+        by = lead.clamp(-40.0, 40.0)
+        torch.sub(lead, by, out=margins)
+        margins.sub_(by.neg_().exp_().mul_(row_sum.narrow(0, first, count)).log_())
 
 
 def walk(
     logits: Tensor,
     label: Tensor,
     label_logit: Tensor,
-    row_max: Tensor,
+    row_shift: Tensor,
     row_sum: Tensor,
     lead: Tensor | None,
-    margin: Tensor,
     out: Tensor | None,
     scratch: Tensor | None,
     factor: Tensor | None,
@@ -170,13 +160,10 @@ def walk(
     That is exp(z_j - lse), and -1 for the label, times the slope of the transform; a `factor` of None is -1, or where it is
     `undivided` minus the sum of the row, which spares a pass. Without `out` there are the statistics alone. Without `scratch`,
     which holds a block in the dtype of the statistics, the computation takes place in `out`; and with it too where that
-    `overwrites` the logits. For the sums, limits and `trial` see `fill_`; without `lead` there may be no maxima.
+    `overwrites` the logits. For statistics, limits and `trial` see `fill_`.
     """
-    minus_one = row_max.new_full([1, 1, 1], -1.0)
+    minus_one = row_shift.new_full([1, 1, 1], -1.0)
     across = (logits.size(2) + width - 1) // width
-    # The rows of consecutive blocks are consecutive; margins are for rows to find whose sums are alike.
-    of_labels, maxima, sums = label_logit.view(-1), row_max.view(-1), row_sum.view(-1)
-    first, alike = row_of(logits, height, width, begin), False
     for number in range(begin, end):
         plane, position = number // across * height, number % across * width
         planes, positions = min(height, logits.size(0) - plane), min(width, logits.size(2) - position)
@@ -192,25 +179,25 @@ def walk(
             transform_(block, transform, slope)
         at = block_of(label, plane, planes, position, positions)
         total = block_of(row_sum, plane, planes, position, positions)
-        shifted = fill_(
+        leads: Tensor | None = None
+        if lead is not None:
+            leads = block_of(lead, plane, planes, position, positions)
+        fill_(
             block,
             room if overwrites else given,
             transform,
             at,
             block_of(label_logit, plane, planes, position, positions),
-            block_of(row_max, plane, planes, position, positions),
+            block_of(row_shift, plane, planes, position, positions),
             total,
+            leads,
             lowest,
             highest,
             least_sum,
             trial,
-            lead is not None,
             overwrites,
+            number == begin,
         )
-        if shifted != alike:
-            row = row_of(logits, height, width, number)
-            margins_(of_labels, maxima, sums, lead, margin, alike, first, row)
-            first, alike = row, shifted
         if out is not None:
             if factor is not None:
                 # Where the sum of a row is 0, so is the block, and the caller fills the label's entry with 0.
@@ -224,7 +211,6 @@ def walk(
                 block.mul_(slope)
             if scratch is not None and not overwrites:
                 result.copy_(block)
-    margins_(of_labels, maxima, sums, lead, margin, alike, first, row_of(logits, height, width, end))
 
 
 def scale(matrix: Tensor, factor: Tensor, scratch: Tensor | None, height: int, width: int, begin: int, end: int) -> None:
@@ -296,7 +282,7 @@ def weigh(
     sign: Tensor | None,
     row_weight: Tensor | None,
     eps: float,
-    top: Tensor,
+    top: float,
     absolute: bool,
     has_loss: bool,
     coefficient: Tensor,
@@ -342,6 +328,7 @@ class Walks(NamedTuple):
     """The walks, and in words by what they are run."""
 
     walk: Callable[..., None]
+    margins: Callable[..., None]
     scale: Callable[..., None]
     scale_16_bits: Callable[..., None]
     scale_planes_16_bits: Callable[..., None]
@@ -350,13 +337,13 @@ class Walks(NamedTuple):
     run_by: str
 
 
-PLAIN = Walks(walk, scale, scale_16_bits, scale_planes_16_bits, logarithms, weigh, "Python")
+PLAIN = Walks(walk, margins, scale, scale_16_bits, scale_planes_16_bits, logarithms, weigh, "Python")
 
 
 @cache
 def walks() -> Walks:
     """The walks compiled; or as they stand, where their source is not at hand or this torch does not compile it."""
-    parts = (block_of, room_for, row_of, transform_, fill_, margins_, *PLAIN[:-1])
+    parts = (block_of, room_for, transform_, fill_, *PLAIN[:-1])
     try:
         unit = torch.jit.CompilationUnit("\n\n".join(inspect.getsource(part) for part in parts))
         return Walks(*(getattr(unit, name) for name in Walks._fields[:-1]), run_by="TorchScript")  # type: ignore[misc]

@@ -273,7 +273,7 @@ class TestMaxima:
         compare("dlogits", as_rows(dlogits) if len(shape) == 3 else dlogits, truth.dlogits, truth.allowed["dlogits"])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("offsets", [(0.0, 30.0), (-3.0,), (-3.0, -7.0, 12.0, 13.0)])
+    @pytest.mark.parametrize("offsets", [(0.0, 30.0), (-3.0,), (-3.0, -7.0, 12.0, 13.0, -5.5)])
     @pytest.mark.parametrize("transform", [{}, {"softcap": 50.0}], ids=str)
     def test_same_bits_whatever_is_asked_for(self, dtype, offsets, transform):
         batch = self.batch(dtype, offsets)
@@ -287,6 +287,19 @@ class TestMaxima:
             assert torch.equal(torch.autograd.grad(value, leaf)[0], dlogits)
         with torch.no_grad():
             assert torch.equal(dm_loss(leaf, batch[1], DM, **transform), loss)
+
+    @pytest.mark.usefixtures("two_threads")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("offsets", [(-4.0, -3.0, -5.5, 0.0), (20.0, -3.0, 0.0, -5.5)])
+    def test_same_bits_whichever_block_comes_first(self, dtype, offsets):
+        """A row that looks as if its block would fail, one that did, and a thread that begins elsewhere decide nothing."""
+        logits, target = self.batch(dtype, offsets)
+        norm = _cpu.undivided_direction(logits, target, -100, leads=False)[2]
+        order = torch.arange(len(logits)).view(-1, 50).flip(0).flatten()
+        backwards = _cpu.undivided_direction(logits[order], target[order], -100, leads=False)[2]
+        assert torch.equal(backwards, norm[order])
+        alone = [_cpu.undivided_direction(logits[at], target[at], -100, leads=False)[2] for at in order.sort()[0].split(50)]
+        assert torch.equal(torch.cat(alone), norm)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("by", [-200.0, -8.0, 18.0, 80.0, 400.0])

@@ -8,7 +8,7 @@ import torch
 from batches import GPU, IMPLEMENTATIONS, device_of, make, run
 from tolerance import check, compare, expected
 
-from fused_dm import dm_loss, edf
+from fused_dm import dm_loss, edf, reference
 
 DM = edf.DM(beta=8, lambd=0.5)
 
@@ -136,3 +136,17 @@ def test_the_log_of_a_parameter_near_1(impl, emphasis):
     check(*run(impl, logits, target, emphasis, reduction="mean"), expected(logits, target, emphasis, reduction="mean"))
     tops = logits.scatter_add(1, target[:, None], torch.full((50, 1), 6.0))
     check(*run(impl, tops, target, emphasis, reduction="mean"), expected(tops, target, emphasis, reduction="mean"))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta", [400.0, 4000.0])
+def test_weights_that_cancel_and_beside_which_the_floor_vanishes(impl, dtype, beta):
+    """Value and divisor are 0: the value was nan on a CPU."""
+    logits, target = torch.tensor([[0.0, 0.0, -1.0]] * 2, dtype=dtype), torch.tensor([0, 0])
+    options = {"sample_weight": torch.tensor([1.0, -1.0])}
+    with np.errstate(all="ignore"):  # of the interpreter
+        output, dlogits = run(impl, logits, target, edf.DM(beta=beta, lambd=1), **options)
+    truth = reference.dm_loss(logits, target, edf.DM(beta=beta, lambd=1), **options)
+    assert output.loss == truth.loss == 0
+    assert (dlogits.isinf() | (dlogits.abs() > 1e30)).all()
