@@ -699,13 +699,12 @@ def _scale_16_bits_(matrix: Tensor, factor: Tensor) -> None:
     if matrix.dim() == 3:
         planes = len(matrix)
 
-        def some(number: int) -> None:
-            walks().scale_planes_16_bits(matrix, factor, number, number + 1)
-
         with calm():
             threads = _threads()
             if planes >= threads and _runtime():
-                _share(threads, planes, lambda: some, inference=True)
+                parts = _parts(planes, threads)
+                some = walks().scale_planes_16_bits
+                _share(threads, len(parts), lambda: lambda number: some(matrix, factor, *parts[number]), inference=True)
             else:
                 with _spread(threads):
                     walks().scale_planes_16_bits(matrix, factor, 0, planes)
