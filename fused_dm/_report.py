@@ -106,10 +106,13 @@ class EmphasisReport:
 
         Raises:
             TypeError: `where` is neither.
+            ValueError: it is a folder.
             ModuleNotFoundError: matplotlib is not installed; the message names the command that installs it.
         """
         if where is None or isinstance(where, (int, float)):
             raise TypeError(f"where: expected a path or matplotlib axes, got {where!r}")
+        if isinstance(where, (str, os.PathLike)) and os.path.isdir(where):
+            raise ValueError(f"where: expected a file to write or matplotlib axes, got the folder {os.fspath(where)!r}")
         require("EmphasisReport.plot", "plot", "matplotlib")
         from . import _plot
 

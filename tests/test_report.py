@@ -203,3 +203,10 @@ def test_what_is_no_place_for_a_picture(where):
     report = emphasis_report(output_of([0.1, 0.9], [1.0, 1.0]), torch.arange(2))
     with pytest.raises(TypeError, match=f"where: expected a path or matplotlib axes, got {where}"):
         report.plot(where)
+
+
+def test_plot_refuses_a_folder(tmp_path):
+    report = emphasis_report(output_of([0.1, 0.9], [1.0, 1.0]), torch.arange(2))
+    with pytest.raises(ValueError, match="where: expected a file to write or matplotlib axes, got the folder"):
+        report.plot(tmp_path)
+    assert not list(tmp_path.iterdir())
