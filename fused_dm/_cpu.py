@@ -46,13 +46,13 @@ MADV_POPULATE_WRITE = 23
 # once.
 LONG = 512
 SMALL_BYTES = 1 << 24
-# The largest logit, log 2^24, of those that no maximum is subtracted from. What the quotient of a coefficient and a sum loses
-# below the smallest normal is then below it in the product with an exponential too. And the least sum of their exponentials:
-# what those lose below the smallest normal is below it in the quotient too, and the quotient of a coefficient is in range.
-HIGHEST = 24 * math.log(2)
-LEAST_SUM = 1.0
+# Sums of exponentials of logits that no maximum is subtracted from. What a coefficient divided by a sum loses below the
+# smallest normal is then below it in the product with an exponential or the sum too, and so is what an exponential loses in the
+# quotient by its sum. The least is above that of probabilities, as models that end in log_softmax have sums of 1, or nearly.
+LEAST_SUM = 2.0
+LARGEST_SUM = 2.0**24
 # Classes from which it pays to try: what is done for each row besides is then little.
-SEVERAL = 8
+SEVERAL = 16
 # Positions of a block are a multiple of this many, so that every class begins on a cache line.
 ALIGNED = 64
 # A row of fewer positions than this side by side is transposed within its block.
@@ -282,8 +282,11 @@ def rounded(number: float, dtype: torch.dtype) -> float:
 
 
 def exp(number: float) -> float:
-    """Of any number, as torch's."""
-    return math.exp(number) if number < 700 else math.inf
+    """Of any number; infinite where fp64 has it not."""
+    try:
+        return math.exp(number)
+    except OverflowError:
+        return math.inf
 
 
 def is_between(number: Tensor, least: float, most: float) -> bool:
@@ -559,7 +562,7 @@ class _Pass:
         overwrites = direct and out is not None and out.data_ptr() == self.logits.data_ptr()
         trial = None
         if tries and logits.shape[1] >= SEVERAL and logits.numel():
-            # A transform would be applied twice to blocks that fail.
+            # With a transform, maxima come first: it is applied once more to a block that goes the wrong way.
             trial = torch.tensor(self.transform is None, device="cpu")
 
         def work(blocks: _Blocks, scratch: Tensor | None, begin: int, end: int) -> None:
@@ -576,8 +579,8 @@ class _Pass:
                 undivided,
                 self.transform,
                 lowest,
-                HIGHEST,
                 LEAST_SUM,
+                LARGEST_SUM,
                 trial,
                 overwrites,
                 blocks.height,
@@ -586,7 +589,7 @@ class _Pass:
                 end,
             )
 
-        _run(logits, work, None if direct and not (overwrites and tries) else self.dtype, beside)
+        _run(logits, work, None if direct and not (overwrites and trial is not None) else self.dtype, beside)
         if logits.numel():
             given = (self.label_logit, self.row_shift, self.row_sum, self.margin, STEP_ROWS)
             _by_steps(len(self.margin), lambda begin, end: walks().margins(*given, begin, end))

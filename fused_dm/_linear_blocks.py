@@ -304,7 +304,7 @@ def _clear(direction: Tensor, coefficient: Tensor) -> None:
 
 
 def margins(layer: Layer, target: Tensor, how: How) -> tuple[Tensor, Tensor]:
-    """Margins (N,) and row statistics (3, N): max, a sum that is 0 where no other class has any probability, lead."""
+    """Margins (N,) and row statistics (3, N): max or 0, a sum that is 0 where no other class has any probability, lead."""
     implementation = _triton() if how.impl == "triton" else _cpu
     rows = layer.input.shape[0]
     margin = layer.input.new_empty(rows, dtype=compute_dtype(layer.input.dtype))

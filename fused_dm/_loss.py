@@ -258,7 +258,7 @@ def _of_ordinary_margins(
     normalizer: Tensor | None,
     keep_weights: bool,
 ) -> OfMargins | None:
-    """The same where the rows that count have finite numbers, else None. Where that can be seen, it spares most of the passes.
+    """`of_margins` where the rows that count have finite numbers, else None. Seen to be so, it spares most of the passes.
 
     What the batch has one of is a Python number, as a torch call takes longer than its computation.
     """

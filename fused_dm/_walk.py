@@ -44,6 +44,44 @@ def transform_(logits: Tensor, transform: Tensor, slope: Tensor | None) -> None:
         slope.copy_(transform[0])
 
 
+def plain_(block: Tensor, label: Tensor, row_sum: Tensor, least_sum: float, largest_sum: float) -> bool:
+    """Turn a block of logits into exp(z), and note the rows' sums without the label. Whether all sums are within the limits."""
+    # Of the label, exp(-80) is nothing beside such sums, and larger numbers would take digits from them. Torch's exp is ten
+    # times slower where it meets -inf; and a scatter of as many numbers is faster than one of a number, if there are many.
+    block.scatter_(1, label, row_sum.fill_(-80.0))
+    torch.sum(block.exp_(), 1, keepdim=True, out=row_sum)
+    least, most = torch.aminmax(row_sum)
+    # Not so for nan.
+    return float(least) >= least_sum and float(most) <= largest_sum
+
+
+def shifted_(block: Tensor, label: Tensor, row_shift: Tensor, row_sum: Tensor, lowest: float) -> None:
+    """Turn a block of logits into exp(z - max), for maxima `row_shift` without the label, and note sums without it."""
+    # -inf less the lowest number is still -inf, where -inf less -inf is nan.
+    row_shift.clamp_(min=lowest)
+    # The label's entry becomes exp(0) = 1 and is taken off again.
+    block.scatter_(1, label, row_shift)
+    block.sub_(row_shift)
+    # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
+    torch.sum(block.exp_(), 1, keepdim=True, out=row_sum).sub_(1)
+
+
+def read_again_(block: Tensor, given: Tensor, overwrites: bool, transform: Tensor | None) -> None:
+    """Make a block what it was. Logits that it `overwrites` have been kept as they were after the transform."""
+    block.copy_(given)
+    if transform is not None and not overwrites:
+        transform_(block, transform, None)
+
+
+def promises(row: Tensor, least_sum: float, largest_sum: float) -> bool:
+    """Whether exponentials of a row of logits (V,) have a sum within the limits, or nearly."""
+    most = float(row.amax())
+    # Torch's exp is ten times slower where its result leaves the range.
+    if not (most >= math.log(least_sum / row.size(0)) and most <= math.log(largest_sum)):
+        return False
+    return most >= math.log(least_sum) or float(row.exp().sum()) >= least_sum
+
+
 def fill_(
     block: Tensor,
     given: Tensor,
@@ -54,31 +92,29 @@ def fill_(
     row_sum: Tensor,
     lead: Tensor | None,
     lowest: float,
-    highest: float,
     least_sum: float,
+    largest_sum: float,
     trial: Tensor | None,
     overwrites: bool,
     first: bool,
 ) -> None:
     """Turn a block of logits into exp(z - m) over all classes but the label, and note m, the sums, and leads z_y - max.
 
-    m is the maximum, or 0, which spares one pass or two: where no sum is below `least_sum` and no exponential above
-    exp(`highest`). It is tried and seen. `trial`, which all blocks share, is True until one has failed, or a row of a `first`
-    block looks as if it would; after that, maxima tell most of those in advance. It is None where no block is to try. Where the
-    block `overwrites` the logits, `given` is memory to keep them in meanwhile, else it is what they are had from again.
+    m is the maximum, or where all sums of exp(z) are within the limits 0, which spares one pass or two. Which of the two it is
+    depends on the block alone, unless `trial` is None: then it is the maximum. Which is computed first does not: `trial`, which
+    all blocks share, is True until a block has failed, or a row of a `first` one looks as if it would. After that, and where
+    leads are wanted, maxima tell mostly. A block that went the wrong way is had again from what is `given`, or where it
+    `overwrites` the logits kept there.
 
     The labels' entries are left to the caller. `lowest` is the lowest finite number.
     """
     torch.gather(block, 1, label, out=label_logit)
-    tries = trial is not None
-    has_max = lead is not None
+    tries, unsure, has_max = trial is not None, False, lead is not None
     if trial is not None and not has_max:
         has_max = not bool(trial)
         if first and not has_max:
-            # Torch's exp is ten times slower where its result leaves the range.
             block.scatter_(1, label, row_sum.fill_(-80.0))
-            most_of_one = float(block[0, :, 0].amax())
-            has_max = not (most_of_one >= 0.0 and most_of_one <= highest)
+            has_max = not promises(block[0, :, 0], least_sum, largest_sum)
             if has_max:
                 trial.fill_(False)
     if has_max:
@@ -88,36 +124,27 @@ def fill_(
             torch.sub(label_logit, row_shift, out=lead)
         least, most = torch.aminmax(row_shift)
         # Not so for nan.
-        tries = tries and float(least) >= math.log(least_sum / block.size(1)) - 0.01 and float(most) <= highest + 0.01
-        if tries and float(least) < 0.0 and row_shift.numel() > 8:
-            tries = float(block[0, :, 0].exp().sum()) > 0.99 * least_sum
+        tries = tries and float(least) >= math.log(least_sum / block.size(1)) - 0.01
+        tries = tries and float(most) <= math.log(largest_sum) + 0.01
+        unsure = tries and float(least) < math.log(least_sum)
+    if tries and overwrites:
+        given.copy_(block)
+    if unsure:
+        shifted_(block, label, row_shift, row_sum, lowest)
+        if float(row_shift.exp().mul_(row_sum).amin()) < 0.99 * least_sum:
+            return
+        read_again_(block, given, overwrites, transform)
     if tries:
-        # Of the label, exp(-80) is nothing beside such sums, and larger numbers would take digits from them. Torch's exp is as
-        # slow where it meets -inf; and a scatter of as many numbers is faster than one of a number, if there are many.
-        block.scatter_(1, label, row_sum.fill_(-80.0))
-        if overwrites:
-            given.copy_(block)
-        torch.sum(block.exp_(), 1, keepdim=True, out=row_sum)
-        least, most = torch.aminmax(row_sum)
-        limit = math.exp(highest)
-        if float(least) >= least_sum and (float(most) <= limit or float(block.amax()) <= limit):
+        if plain_(block, label, row_sum, least_sum, largest_sum):
             row_shift.zero_()
             return
         if trial is not None:
             trial.fill_(False)
-        block.copy_(given)
-        if transform is not None and not overwrites:
-            transform_(block, transform, None)
+        read_again_(block, given, overwrites, transform)
     if not has_max:
         block.scatter_(1, label, row_shift.fill_(-math.inf))
         torch.amax(block, 1, keepdim=True, out=row_shift)
-    # -inf less the lowest number is still -inf, where -inf less -inf is nan.
-    row_shift.clamp_(min=lowest)
-    # The label's entry becomes exp(0) = 1 and is taken off again.
-    block.scatter_(1, label, row_shift)
-    block.sub_(row_shift)
-    # 1 or more; or 0 where no other class has a finite logit, and then so is the row.
-    torch.sum(block.exp_(), 1, keepdim=True, out=row_sum).sub_(1)
+    shifted_(block, label, row_shift, row_sum, lowest)
 
 
 def margins(label_logit: Tensor, row_shift: Tensor, row_sum: Tensor, margin: Tensor, step: int, begin: int, end: int) -> None:
@@ -146,8 +173,8 @@ def walk(
     undivided: bool,
     transform: Tensor | None,
     lowest: float,
-    highest: float,
     least_sum: float,
+    largest_sum: float,
     trial: Tensor | None,
     overwrites: bool,
     height: int,
@@ -192,8 +219,8 @@ def walk(
             total,
             leads,
             lowest,
-            highest,
             least_sum,
+            largest_sum,
             trial,
             overwrites,
             number == begin,
@@ -343,7 +370,7 @@ PLAIN = Walks(walk, margins, scale, scale_16_bits, scale_planes_16_bits, logarit
 @cache
 def walks() -> Walks:
     """The walks compiled; or as they stand, where their source is not at hand or this torch does not compile it."""
-    parts = (block_of, room_for, transform_, fill_, *PLAIN[:-1])
+    parts = (block_of, room_for, transform_, plain_, shifted_, read_again_, promises, fill_, *PLAIN[:-1])
     try:
         unit = torch.jit.CompilationUnit("\n\n".join(inspect.getsource(part) for part in parts))
         return Walks(*(getattr(unit, name) for name in Walks._fields[:-1]), run_by="TorchScript")  # type: ignore[misc]

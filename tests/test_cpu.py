@@ -162,6 +162,15 @@ def test_a_weight_that_overflows_times_a_value_of_0_is_0():
     assert (loss - truth.loss).abs() <= truth.allowed["loss"]
 
 
+@pytest.mark.parametrize("beta", [2799.0, 2824.0, 2836.0])
+def test_a_sum_of_weights_near_the_end_of_fp64(beta):
+    logits, target = torch.tensor([[2.0, 1.0, 1.0]] * 2).log(), torch.tensor([0, 0])
+    output, _ = run("cpu", logits, target, edf.DM(beta=beta, lambd=1))
+    exact = expected(logits, target, edf.DM(beta=beta, lambd=1))
+    assert exact.sum_weight.isfinite()
+    assert (output.sum_weight - exact.sum_weight).abs() <= exact.allowed["sum_weight"]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_weight_that_overflows_beside_a_finite_value(sign):
     """c w(p) is 3.6e38 at p = 0.4, which fp32 has not, but c f(p) and c w(p) / D are in its range."""
@@ -287,6 +296,17 @@ class TestMaxima:
             assert torch.equal(torch.autograd.grad(value, leaf)[0], dlogits)
         with torch.no_grad():
             assert torch.equal(dm_loss(leaf, batch[1], DM, **transform), loss)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("upstream", [1e-30, 1e-33, 1e-36, 1e-37])
+    @pytest.mark.parametrize(("classes", "logit"), [(16, 16.0), (63, 16.0), (63, 12.5), (5000, 8.0), (5000, 8.2)])
+    def test_a_tiny_gradient_of_the_label(self, dtype, upstream, classes, logit):
+        """It is the product of the coefficient divided by a large sum, which has few digits, and the sum."""
+        logits, target = torch.full((4, classes), logit), torch.zeros(4, dtype=torch.long)
+        logits[:, 1] -= 1
+        given = (logits.to(dtype), target, edf.CCE(), torch.tensor(upstream))
+        options = {"reduction": "sum", "normalizer": 1.0}
+        check(*run("cpu", *given, **options), expected(*given, **options))
 
     @pytest.mark.usefixtures("two_threads")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
