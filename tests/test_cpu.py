@@ -397,6 +397,20 @@ class TestParts:
         output, dlogits = run("cpu", logits, target, edf.Uniform(), upstream, sample_weight=sample_weight)
         check(output, dlogits, expected(logits, target, edf.Uniform(), upstream, sample_weight=sample_weight))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("reduction", ["sum_weight", "mean", "sum"])
+    @pytest.mark.parametrize("emphasis", [DM, edf.DM(beta=300, lambd=1), edf.GCE(q=0.7), edf.Focal(gamma=2)], ids=str)
+    def test_rows_that_are_not_finite_send_all_the_long_way(self, dtype, reduction, emphasis):
+        """Parts of which one has the largest weight; the first have hardly any beside it."""
+        logits, target = make(350, 40, dtype, ignored=0.1)
+        logits[:250].scatter_add_(1, target[:250].clamp(min=0)[:, None], torch.full((250, 1), -3.0, dtype=dtype))
+        for row in (7, 320):
+            logits[row] = -torch.inf
+            logits[row, 4], target[row] = 1.0, 4
+        check(
+            *run("cpu", logits, target, emphasis, reduction=reduction), expected(logits, target, emphasis, reduction=reduction)
+        )
+
     def test_the_same_parts_for_any_number_of_threads(self):
         before = torch.get_num_threads()
         torch.set_num_threads(1)
