@@ -859,3 +859,18 @@ def test_emphasis_report_takes_its_output():
     ours = emphasis_report(output, target)
     theirs = emphasis_report(dm_loss(F.linear(x, w), target, DM, return_output=True), target)
     assert str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("emphasis", [DM, DM.log_weight], ids=["dm", "callable"])
+def test_one_class_has_no_gradient(impl, recompute, emphasis):
+    """Without eps its coefficient would be half the weight."""
+    device = device_of(impl)
+    x, w = torch.ones(3, 4, device=device, requires_grad=True), torch.ones(1, 4, device=device, requires_grad=True)
+    target = torch.zeros(3, dtype=torch.long, device=device)
+    loss = linear_dm_loss(x, w, target, emphasis, eps=0.0, recompute=recompute, impl=impl)
+    loss.backward()
+    assert loss == 0
+    assert (x.grad == 0).all()
+    assert (w.grad == 0).all()
